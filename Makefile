@@ -1,0 +1,29 @@
+# make demo: the main job on the embedded default; make test: the suite; make check: what CI wants.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check assets install
+demo: install
+	$(BIN)/python -m train.demo
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+assets: install
+	$(BIN)/python -m train.assets
+
+install: .venv/installed
+
+# torch alone and first: a plain "torch" may take gigabytes of CUDA packages that a CPU machine has no use for.
+.venv/installed: setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "querybridge needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install torch==2.13.0
+	$(BIN)/pip install -e ".[test]"
+	touch $@

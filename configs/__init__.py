@@ -1,0 +1,1 @@
+"""What to run: functions that return a Run; values, no logic."""

@@ -1,0 +1,138 @@
+"""Records -> the batches that training steps read.
+
+A collate is built once with what it needs and called with (records, sample numbers). Sample numbers are global and never
+come back: noise, time and condition dropping are drawn from them. Letters: B batch, P prefix tokens, H W pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from data.dropout import Dropout, drop
+from data.records import BadSample, Conversation, Edit, Labelled, TextToImage
+from data.transforms import resize_and_crop, to_tensor
+from model.prefix import Prefix, PrefixBuilder
+
+Device = torch.device | str
+
+
+@dataclass(frozen=True)
+class T2IBatch:
+    """Pictures with the conditions to draw them from."""
+
+    index: torch.Tensor  # [B] long, global sample numbers
+    prefix: Prefix
+    pixels: torch.Tensor  # [B, 3, H, W] in [-1, 1]
+
+    def to(self, device: Device) -> "T2IBatch":
+        """The same batch on another device."""
+        return T2IBatch(self.index.to(device), self.prefix.to(device), self.pixels.to(device))
+
+
+@dataclass(frozen=True)
+class ChatBatch:
+    """Conversations with the tokens to predict."""
+
+    index: torch.Tensor  # [B] long, global sample numbers
+    prefix: Prefix
+    targets: torch.Tensor  # [B, P] long, -100 outside the assistant's words
+
+    def to(self, device: Device) -> "ChatBatch":
+        """The same batch on another device."""
+        return ChatBatch(self.index.to(device), self.prefix.to(device), self.targets.to(device))
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Pictures with class numbers, or with the scenes they show."""
+
+    index: torch.Tensor  # [B] long, global sample numbers
+    labels: torch.Tensor | tuple[dict[str, Any], ...]  # [B] long for class numbers; scenes stay JSON objects
+    pixels: torch.Tensor  # [B, 3, H, W] in [-1, 1]
+
+    def to(self, device: Device) -> "LabelledBatch":
+        """The same batch on another device."""
+        labels = self.labels.to(device) if isinstance(self.labels, torch.Tensor) else self.labels
+        return replace(self, index=self.index.to(device), labels=labels, pixels=self.pixels.to(device))
+
+
+@dataclass(frozen=True)
+class TextToImageCollate:
+    """TextToImage and Edit records -> T2IBatch, some conditions dropped for classifier-free guidance.
+
+    Dropped text becomes the empty prompt; dropped source images leave the prompt without images. A text longer than the
+    model reads loses its last words."""
+
+    builder: PrefixBuilder
+    image_size: int  # pixels a side
+    dropout: Dropout
+    seed: int
+
+    def __call__(self, records: Sequence[TextToImage | Edit], indices: Sequence[int]) -> T2IBatch:
+        prompts: list[str] = []
+        images: list[Sequence[Image.Image]] = []
+        for record, index in zip(records, indices, strict=True):
+            text, sources = _conditions(record)
+            dropped = drop(index, self.seed, self.dropout)
+            prompts.append("" if dropped in ("text", "both") else shorten(text, self.builder))
+            images.append(() if dropped in ("image", "both") else sources)
+        prefix = self.builder.draw(prompts, images)
+        return T2IBatch(torch.tensor(indices), prefix, _pixels(records, self.image_size))
+
+
+@dataclass(frozen=True)
+class ChatCollate:
+    """Conversation records -> ChatBatch."""
+
+    builder: PrefixBuilder
+
+    def check(self, record: Conversation) -> None:
+        """BadSample if a user's text is longer than the model reads: a question cut short has another answer."""
+        texts = [turn.text for turn in record.turns if turn.role == "user"]
+        if any(count_tokens(text, self.builder) > self.builder.max_text_tokens for text in texts):
+            raise BadSample("a user's text has more tokens than the model reads (max_text_tokens)")
+
+    def __call__(self, records: Sequence[Conversation], indices: Sequence[int]) -> ChatBatch:
+        prefix, targets = self.builder.with_targets([record.turns for record in records])
+        return ChatBatch(torch.tensor(indices), prefix, targets)
+
+
+@dataclass(frozen=True)
+class LabelledCollate:
+    """Labelled records -> LabelledBatch."""
+
+    image_size: int  # pixels a side
+
+    def __call__(self, records: Sequence[Labelled], indices: Sequence[int]) -> LabelledBatch:
+        numbers = [record.label for record in records if isinstance(record.label, int)]
+        scenes = tuple(record.label for record in records if isinstance(record.label, dict))
+        if numbers and scenes:
+            raise ValueError("data.sources mixes class numbers with scenes as labels; give sources of one kind")
+        labels = torch.tensor(numbers) if numbers else scenes
+        return LabelledBatch(torch.tensor(indices), labels, _pixels(records, self.image_size))
+
+
+def shorten(text: str, builder: PrefixBuilder) -> str:
+    """The text, or as many of its first words as fit into the builder's `max_text_tokens`."""
+    while (tokens := count_tokens(text, builder)) > builder.max_text_tokens:
+        words = text.split()
+        text = " ".join(words[: len(words) * builder.max_text_tokens // tokens])  # always fewer words
+    return text
+
+
+def count_tokens(text: str, builder: PrefixBuilder) -> int:
+    """How many tokens a user's text takes in a prefix."""
+    return len(builder.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+
+def _conditions(record: TextToImage | Edit) -> tuple[str, tuple[Image.Image, ...]]:
+    if isinstance(record, Edit):
+        return record.instruction, record.sources
+    return record.caption, ()
+
+
+def _pixels(records: Sequence[TextToImage | Edit | Labelled], size: int) -> torch.Tensor:
+    return torch.stack([to_tensor(resize_and_crop(record.image, size)) for record in records])  # [B, 3, H, W]

@@ -1,0 +1,158 @@
+"""Raw samples -> typed records, one dataclass per task.
+
+A raw sample is what a source gives for one number: {"key": str, "image": PIL.Image | None, "txt": str, "json": dict}
+and, where a sample has further images, "sources": tuple of PIL images in order. What cannot become a record raises
+BadSample; the loader counts it by reason and takes another sample in its place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image
+
+from model.prefix import Turn
+
+Task = Literal["t2i", "chat", "edit", "i2i", "instruct", "labelled"]
+ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+IMAGE_MARKER = "<image>"  # where an image stands in a message's text, in LLaVA's and ShareGPT's files
+
+
+class BadSample(Exception):
+    """A sample that cannot be used. `reason` is one of few fixed phrases, so that rejects can be counted by it."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class TextToImage:
+    """A caption and the picture it describes."""
+
+    key: str
+    caption: str
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns that end with the assistant's; every assistant turn is a training target."""
+
+    key: str
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Source pictures and an instruction -> the picture it asks for. Covers edit, i2i (no text) and instruct."""
+
+    key: str
+    sources: tuple[Image.Image, ...]
+    instruction: str
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A picture with a class number, or with the scene it was rendered from."""
+
+    key: str
+    image: Image.Image
+    label: int | dict[str, Any]
+
+
+Record = TextToImage | Conversation | Edit | Labelled
+
+
+def to_record(task: Task, raw: dict[str, Any]) -> Record:
+    """The record that `task` trains on; BadSample where the raw sample lacks what the task needs."""
+    key = raw["key"]
+    if task == "t2i":
+        return TextToImage(key, _caption(raw), _image(raw))
+    if task == "chat":
+        return Conversation(key, _turns(raw))
+    if task == "labelled":
+        return Labelled(key, _image(raw), _label(raw["json"]))
+    sources = tuple(raw.get("sources", ()))
+    if task == "i2i" and not sources:
+        sources = (_image(raw),)  # reconstruction: the picture is its own source
+    if not sources:
+        raise BadSample("no source image")
+    return Edit(key, sources, "" if task == "i2i" else _caption(raw), _image(raw))
+
+
+def parse_messages(messages: Sequence[Any], images: Sequence[Image.Image]) -> tuple[Turn, ...]:
+    """Messages of OpenAI's, LLaVA's or ShareGPT's files -> turns.
+
+    An image marker gives the next image to the turn it stands in; without any marker all images go to the first user
+    turn."""
+    parsed = [_message(message) for message in messages]
+    if not any(role == "user" for role, _ in parsed) or parsed[-1][0] != "assistant":
+        raise BadSample("messages do not end with an answer to a user")
+    marked = [text.count(IMAGE_MARKER) for _, text in parsed]
+    if sum(marked) == 0 and images:
+        marked[[role for role, _ in parsed].index("user")] = len(images)
+    if sum(marked) != len(images):
+        raise BadSample("messages name another number of images than the sample has")
+    turns, given = [], 0
+    for (role, text), count in zip(parsed, marked, strict=True):
+        text = text.replace(IMAGE_MARKER, "").strip()
+        turns.append(Turn(role, text, tuple(images[given : given + count])))
+        given += count
+    return tuple(turns)
+
+
+def _message(message: Any) -> tuple[Literal["system", "user", "assistant"], str]:
+    if not isinstance(message, dict):
+        raise BadSample("a message is not an object")
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list):
+        content = "".join(_part(part) for part in content)
+    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
+        raise BadSample("a message lacks a known role or its text")
+    return ROLES[role], content
+
+
+def _part(part: Any) -> str:
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": "image" | "image_url"}:
+            return IMAGE_MARKER
+    raise BadSample("a message has a part that is neither text nor image")
+
+
+def _turns(raw: dict[str, Any]) -> tuple[Turn, ...]:
+    messages = raw["json"].get("messages", raw["json"].get("conversations"))
+    if not isinstance(messages, list) or not messages:
+        raise BadSample("no messages")
+    images = tuple(raw.get("sources", ())) or ((raw["image"],) if raw["image"] is not None else ())
+    return parse_messages(messages, images)
+
+
+def _caption(raw: dict[str, Any]) -> str:
+    caption = raw["txt"] or raw["json"].get("caption")
+    if not isinstance(caption, str) or not caption.strip():
+        raise BadSample("no caption")
+    return caption.strip()
+
+
+def _image(raw: dict[str, Any]) -> Image.Image:
+    if raw["image"] is None:
+        raise BadSample("no image")
+    return raw["image"]
+
+
+def _label(described: dict[str, Any]) -> int | dict[str, Any]:
+    label = described.get("scene", described.get("label"))
+    if isinstance(label, bool) or not isinstance(label, int | dict):
+        raise BadSample("no label")
+    return label

@@ -1,0 +1,118 @@
+"""Tar shards in webdataset's and img2dataset's layout -> raw samples by number, in any order.
+
+A shard is an uncompressed tar; a sample is its members with the same name up to the first dot: `000000042.jpg`,
+`000000042.txt`, `000000042.json`, and `000000042.source0.png` and so on for source images. Each shard is indexed once
+(data/shard_index.py), and from then on a sample costs one pread a member. Nothing is extracted to disk, and nothing but
+images, text and JSON is read.
+"""
+
+import glob
+import json
+import os
+import re
+from bisect import bisect_right
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import braceexpand
+from PIL import Image
+
+from data.records import BadSample
+from data.shard_index import IMAGES, MAX_BYTES, index_shard
+from data.transforms import decode_image, to_rgb
+
+MAX_OPEN_FILES = 64
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Samples of local tar shards."""
+
+    urls: str  # paths with braces and wildcards, e.g. "shards/{00000..00009}.tar" or "shards/*.tar"
+    weight: float = 1.0  # this source's share of the samples, relative to the others'
+
+
+class ShardSource:
+    """Raw samples of all shards that a pattern names, by number."""
+
+    def __init__(self, urls: str):
+        self._indexes = [index_shard(path) for path in expand(urls)]
+        self._ends = list(accumulate(len(found) for found in self._indexes))
+        if not self._ends[-1]:
+            raise ValueError(f"data.sources urls {urls!r}: these shards hold no sample; name others")
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, least recently used first
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Sample number `index` of all, decoded; BadSample where a member is broken."""
+        shard = bisect_right(self._ends, index)
+        found = self._indexes[shard]
+        row = index - (self._ends[shard] - len(found))
+        members = {}
+        for extension, (offset, size) in zip(found.extensions, found.spans[row].tolist(), strict=True):
+            if size > MAX_BYTES[extension.rpartition(".")[2]]:
+                raise BadSample("a member is larger than its kind may be")
+            if size >= 0:
+                members[extension] = self._bytes(shard, offset, size)
+        return decode_members(found.keys[row].decode(errors="replace"), members)
+
+    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
+        data = os.pread(self._descriptor(shard), size, offset)
+        if len(data) != size:
+            raise ValueError(f"shard {self._indexes[shard].path} has shrunk since it was indexed; pack it again")
+        return data
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._files:
+            if len(self._files) == MAX_OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = os.open(self._indexes[shard].path, os.O_RDONLY)
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": OrderedDict()}  # descriptors do not survive pickling to a worker
+
+
+def decode_members(key: str, members: dict[str, bytes]) -> dict[str, Any]:
+    """One sample's bytes by extension -> raw sample, its images upright RGB; BadSample where one cannot be decoded."""
+    try:
+        images = {name: to_rgb(decode_image(data)) for name, data in members.items() if name.rpartition(".")[2] in IMAGES}
+        described = json.loads(members.get("json", b"{}"))
+        text = members.get("txt", b"").decode()
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadSample("a json member cannot be parsed") from error
+    except UnicodeDecodeError as error:
+        raise BadSample("a text or json member is not UTF-8") from error
+    except ValueError as error:
+        raise BadSample(str(error)) from error  # decode_image's fixed phrases
+    if not isinstance(described, dict):
+        raise BadSample("a json member is not an object")
+    image = next((images[extension] for extension in IMAGES if extension in images), None)
+    return {"key": key, "image": image, "txt": text, "json": described, "sources": _sources(images)}
+
+
+def _sources(images: dict[str, Image.Image]) -> tuple[Image.Image, ...]:
+    """The images of members KEY.source0.EXT, KEY.source1.EXT, ... in the order of their numbers."""
+    numbered = {}
+    for name, image in images.items():
+        if match := re.fullmatch(r"source(\d+)\.\w+", name):
+            numbered[int(match[1])] = image
+    return tuple(numbered[number] for number in sorted(numbered))
+
+
+def expand(urls: str) -> list[str]:
+    """Sorted paths of the shards that a pattern of braces and wildcards names. ValueError for a part that names none."""
+    if re.match(r"\w+:", urls):
+        raise ValueError(f"data.sources urls {urls!r} is not a local path; download the shards and name their files")
+    paths: set[str] = set()
+    for pattern in braceexpand.braceexpand(urls):
+        found = glob.glob(os.path.expanduser(pattern))
+        if not found:
+            raise ValueError(f"no shard matches {pattern!r} of data.sources urls {urls!r}; check the path")
+        paths.update(found)
+    return sorted(paths)

@@ -1,0 +1,85 @@
+"""Encoded bytes -> PIL image -> square RGB -> tensor [3, H, W] in [-1, 1], and back."""
+
+import io
+import struct
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image
+
+MAX_PIXELS = 64_000_000  # more than any camera of the data sets we know; a decompression bomb claims far more
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)  # on broken bytes
+ORIENTATION = 0x0112  # EXIF tag; its values 2 to 8 name how to undo a camera's turn
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """A loaded image, first frame of an animation. ValueError with a fixed phrase for bytes that are none.
+
+    The size is read from the header, before any pixel is decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
+            image = Image.open(io.BytesIO(data))
+        if image.width * image.height <= MAX_PIXELS:
+            image.load()
+            return image
+    except Image.DecompressionBombError:
+        pass
+    except PILLOW_ERRORS as error:
+        raise ValueError("an image cannot be decoded") from error
+    raise ValueError(f"an image has more than {MAX_PIXELS:,} pixels")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB: EXIF orientation applied, transparency laid over white, 16-bit grey scaled to 8."""
+    image = _upright(image)
+    if image.mode.startswith("I"):  # grey with 16 bits, whichever way Pillow holds it
+        grey = np.clip(np.asarray(image).astype(np.float64) / 257, 0, 255)
+        image = Image.fromarray(grey.round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """ImageOps.exif_transpose writes the EXIF data anew and fails where it is damaged; the orientation is all we need."""
+    try:
+        method = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    except PILLOW_ERRORS:
+        return image  # unreadable EXIF data around a readable picture
+    return image if method is None else image.transpose(method)
+
+
+def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """RGB, `size` x `size` pixels: the short side scaled (antialiased bicubic), then the centre.
+
+    Done as one resize of the central square, whose corners may lie between pixels."""
+    image = to_rgb(image)
+    if image.size == (size, size):
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB image -> float32 [3, H, W] in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, W, 3] in 0..255
+    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1  # [3, H, W]
+
+
+def to_pil(pixels: torch.Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1] (clamped) -> RGB image; the inverse of `to_tensor`."""
+    levels = (pixels.detach().float().cpu() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)  # [3, H, W]
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())

@@ -1,0 +1,79 @@
+"""(seed, index, split) -> a conversation about a generated picture or a generated description.
+
+Three kinds, each a pure function of its address: questions about a picture, a picture described in full, and questions
+about a description in words. The last makes the language model bind colours and places to things it only reads of, which
+is what learned queries need to find in it.
+"""
+
+import random
+from dataclasses import dataclass
+
+from PIL import Image
+
+from data.world.captions import Caption, describe
+from data.world.questions import Question, ask, questions
+from data.world.render import render
+from data.world.scene import Scene, make_scene, random_for
+from model.prefix import Turn
+
+DESCRIBE = (
+    "Describe the image.",
+    "What is in the image?",
+    "Describe the picture in one sentence.",
+    "What does the picture show?",
+)
+READABLE_KINDS = ("existence", "colour", "shape", "count")  # answerable from a full description, whatever it links
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How often each kind of conversation comes; questions about a picture take the rest."""
+
+    describe: float = 0.2
+    read: float = 0.25
+
+
+def conversation(
+    seed: int, index: int, split: str = "train", *, size: int = 64, shares: Shares = Shares()
+) -> tuple[Turn, ...]:
+    """User and assistant turns in alternation; the picture, if any, is in the first turn. `size` in pixels."""
+    scene = make_scene(seed, index, split)
+    rng = random_for(seed, "conversation", split, index)
+    kind = rng.random()
+    if kind < shares.read:
+        return _read(scene, rng)
+    picture = Image.fromarray(render(scene, size))
+    if kind < shares.read + shares.describe:
+        asked = [(rng.choice(DESCRIBE), describe(scene, rng, full=True).text), *_pairs(questions(scene, rng)[:2])]
+    else:
+        asked = _pairs(questions(scene, rng))
+    return _turns(asked, (picture,))
+
+
+def answerable(caption: Caption, scene: Scene, rng: random.Random) -> list[Question]:
+    """Questions whose answers a full description states."""
+    asked = [question for kind in READABLE_KINDS if (question := ask(kind, scene, rng)) is not None]
+    if caption.link is not None:
+        first, words, second = caption.link
+        text = f"Is {caption.groups[first].definite} left of, right of, above or below {caption.groups[second].definite}?"
+        asked.append(Question("relation", text, words, ()))
+    rng.shuffle(asked)
+    return asked
+
+
+def _read(scene: Scene, rng: random.Random) -> tuple[Turn, ...]:
+    caption = describe(scene, rng, full=True)
+    asked = _pairs(answerable(caption, scene, rng))
+    asked[0] = (f"{caption.text}. {asked[0][0]}", asked[0][1])
+    return _turns(asked, ())
+
+
+def _pairs(asked: list[Question]) -> list[tuple[str, str]]:
+    return [(question.text, question.answer) for question in asked]
+
+
+def _turns(asked: list[tuple[str, str]], images: tuple[Image.Image, ...]) -> tuple[Turn, ...]:
+    turns: list[Turn] = []
+    for number, (question, answer) in enumerate(asked):
+        turns += [Turn("user", question, images if number == 0 else ()), Turn("assistant", answer)]
+    return tuple(turns)

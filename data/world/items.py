@@ -1,0 +1,54 @@
+"""Sample numbers -> items to pack into shards, made by one process or several, in order either way."""
+
+import io
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image
+
+from data.pack import Item
+from data.source import WorldSource
+from data.world.edits import edit_sample
+
+CHUNK = 64  # samples that a process makes at a time
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Sample number -> the sample that the loader would get from `data.source.WorldSource`, ready to be packed."""
+
+    task: Literal["t2i", "chat", "edit"]
+    seed: int
+    split: str
+    size: int
+
+    def __call__(self, index: int) -> Item:
+        raw = self._raw(index)
+        image = None if raw["image"] is None else png(raw["image"])
+        sources = tuple(png(source) for source in raw.get("sources", ()))
+        world = {"seed": self.seed, "split": self.split, "index": index}
+        return Item(raw["txt"], image, sources, raw["json"] | {"world": world})
+
+    def _raw(self, index: int) -> dict[str, Any]:
+        if self.task == "edit":
+            return edit_sample(self.seed, index, self.split, self.size)
+        return WorldSource(self.seed, self.split, self.task, self.size).read(index)
+
+
+@contextmanager
+def in_order(make: Maker, n: int, workers: int) -> Iterator[Iterator[Item]]:
+    """make(0), make(1), ... make(n - 1), by so many processes at once, or by this one if 0."""
+    if workers == 0:
+        yield map(make, range(n))
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield pool.imap(make, range(n), CHUNK)
+
+
+def png(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()

@@ -1,0 +1,55 @@
+"""Queries, keys, values -> attended values: the pieces of attention that the SiT and the connector share.
+
+Letters: B batch, S tokens, D width."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_SHORT = 512  # tokens up to which the plain product wins on a CPU
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMS norm in the input's dtype, so that autocast neither widens bf16 nor leaves the fused
+    kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, tuple(self.normalized_shape), weight, self.eps)
+
+
+class HeadNorm(nn.Module):
+    """RMS norm within each head of [B, heads, S, d], with a gain per head and channel."""
+
+    def __init__(self, heads: int, channels: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(heads, 1, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), eps=self.eps) * self.weight.to(x.dtype)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, S, D] -> [B, heads, S, D / heads]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, heads, S, D / heads] -> [B, S, D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Bidirectional attention over [B, heads, S, D / heads]; mask [B, 1, 1 or S, keys] bool, True = may be
+    seen.
+
+    torch's fused CPU kernel takes 3 times as long on short sequences (forward and backward in bf16 at 72
+    tokens), so the product is written out there."""
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if q.device.type != "cpu" or k.shape[-2] > _SHORT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    logits = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()  # [B, heads, S, keys]
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    return logits.softmax(dim=-1).to(v.dtype) @ v

@@ -1,0 +1,100 @@
+"""What the MLLM answered to the queries [B, Q, D] -> conditioning of the decoder [B, Q, C].
+
+A bidirectional transformer at the MLLM's width, then a projection (the Enc-Proj order of MetaQueries, Pan et
+al. 2025). Letters: B batch, Q queries, D MLLM width, C conditioning width."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import HeadNorm, RMSNorm, attend, merge_heads, split_heads
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """`heads` None means one per 64 channels (per 32 where D is no multiple of 64). `layers` 0: projection
+    only."""
+
+    layers: int = 24
+    heads: int | None = None
+    mlp_ratio: float = 4.0
+    activation_checkpointing: bool = False
+
+
+class Connector(nn.Module):
+    """See the module's head. `gain` is what the decoder expects the RMS of its conditioning to be."""
+
+    def __init__(self, config: ConnectorConfig, width: int, out_width: int, gain: float = 1.0):
+        super().__init__()
+        heads = config.heads or _default_heads(width)
+        if width % heads or (width // heads) % 2:
+            raise ValueError(f"connector.heads {heads} must split the MLLM's width {width} into even parts")
+        self.config = config
+        self.layers = nn.ModuleList(
+            ConnectorLayer(width, heads, int(config.mlp_ratio * width)) for _ in range(config.layers)
+        )
+        self.project = nn.Sequential(
+            nn.Linear(width, out_width), nn.GELU(approximate="tanh"), nn.Linear(out_width, out_width)
+        )
+        self.norm = RMSNorm(out_width, eps=1e-5)
+        self._init_weights(gain)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """MLLM states [B, Q, D] -> conditioning [B, Q, C]."""
+        x = states.to(next(self.project.parameters()).dtype)  # [B, Q, D]
+        for layer in self.layers:
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)  # [B, Q, D]
+        return self.norm(self.project(x).float())  # [B, Q, C]
+
+    def _init_weights(self, gain: float) -> None:
+        """Unit variance through every map; what joins the residual stream is smaller the more layers do so."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                joins = name.endswith((".out", ".down"))
+                std = (module.in_features * (2 * len(self.layers) if joins else 1)) ** -0.5
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.constant_(self.norm.weight, gain)
+
+
+class ConnectorLayer(nn.Module):
+    """Pre-norm attention over all queries, both ways, then SwiGLU."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = RMSNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = HeadNorm(heads, width // heads), HeadNorm(heads, width // heads)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = RMSNorm(width, eps=1e-6)
+        self.gate_up = nn.Linear(width, 2 * mlp_width, bias=False)
+        self.down = nn.Linear(mlp_width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, Q, D] -> [B, Q, D]."""
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.attention_norm(x)).chunk(3, dim=-1))
+        x = x + self.out(merge_heads(attend(rotate(self.q_norm(q)), rotate(self.k_norm(k)), v)))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+def rotate(x: Tensor, theta: float = 1e4) -> Tensor:
+    """Rotary position (Su et al. 2021) over the query index: x [B, heads, Q, d] with d even."""
+    count, half = x.shape[-2], x.shape[-1] // 2
+    speed = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(count, device=x.device, dtype=torch.float32)[:, None] * speed  # [Q, d / 2]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+def _default_heads(width: int) -> int:
+    return width // 64 if width % 64 == 0 else max(1, width // 32)

@@ -1,0 +1,92 @@
+"""Noisy latents, a time and conditioning -> the prediction: diffusion decoders behind one call.
+
+Letters: B batch, L conditioning tokens, C conditioning width, c h w latent channels, height, width."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from model.assets import locate
+from model.files import (
+    dump_config,
+    match,
+    parse_config,
+    publish,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from model.sit import SiT, SiTConfig
+
+
+class Decoder(Protocol):
+    """A module that a MetaQuery drives."""
+
+    condition_width: int  # C
+    condition_gain: float  # the RMS that its conditioning should have at first
+    condition_tokens: int  # the most that it takes
+    latent_shape: tuple[int, int, int]  # c, h, w
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """x_t [B, c, h, w], t [B] in [0, 1], condition [B, L, C] -> prediction [B, c, h, w]."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+@dataclass(frozen=True)
+class SiTDecoderConfig:
+    """Our SiT: `path` names a trained one (the folder that `save_sit` wrote), `sit` the shape of a fresh
+    one."""
+
+    path: str | None = None
+    sit: SiTConfig | None = None
+
+
+DecoderConfig = SiTDecoderConfig  # Sana and the SD U-Net join here as a union
+
+
+def build_decoder(config: DecoderConfig) -> "SiTDecoder":
+    """The decoder that `config` describes, trained where it names a folder."""
+    if (config.path is None) == (config.sit is None):
+        raise ValueError("decoder.path and decoder.sit: give one, a trained SiT's folder or the shape of a fresh one")
+    return SiTDecoder(load_sit(config.path) if config.path is not None else SiT(config.sit))  # type: ignore[arg-type]
+
+
+class SiTDecoder(nn.Module):
+    """SiT takes the conditioning as it is; trained on unit-scale tokens, it expects an RMS of 1."""
+
+    condition_gain = 1.0
+
+    def __init__(self, sit: SiT):
+        super().__init__()
+        self.sit = sit
+        self.condition_width = sit.config.condition_width
+        self.condition_tokens = sit.config.condition_tokens
+        self.latent_shape = (sit.config.latent_channels, sit.config.latent_size, sit.config.latent_size)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return self.sit(x_t, t, condition).prediction
+
+
+def save_sit(folder: Path, sit: SiT) -> None:
+    """Write config.json and model.safetensors, complete or not at all."""
+    with publish(folder) as draft:
+        write_json(draft / "config.json", dump_config(sit.config))
+        write_tensors(draft / "model.safetensors", sit.state_dict())
+
+
+def load_sit(path: str) -> SiT:
+    """The SiT that `save_sit` wrote; ValueError when it is missing or does not fit its config."""
+    folder = locate(path)
+    if folder is None:
+        raise ValueError(f"decoder.path {path!r} does not exist; name a trained SiT's folder, or run make assets")
+    sit = SiT(parse_config(SiTConfig, read_json(folder / "config.json"), folder / "config.json"))
+    tensors = read_tensors(folder / "model.safetensors")
+    match(tensors, sit.state_dict(), folder / "model.safetensors")
+    sit.load_state_dict(tensors)
+    return sit

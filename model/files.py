@@ -1,0 +1,117 @@
+"""Tensors and values -> files and folders that are complete or absent, and back."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@contextmanager
+def publish(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it takes the place of `folder` at the end, or vanishes if filling it
+    failed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
+    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        for path in draft.iterdir():
+            path.chmod(draft.stat().st_mode & 0o666)  # safetensors writes 0600; the folder's mode knows the umask
+            _sync(path)
+        if folder.exists():
+            folder.rename(replaced)
+        draft.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file; every tensor is stored once, contiguous, from the CPU."""
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; ValueError when it is absent or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy or train it again") from error
+
+
+def match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
+    """ValueError unless both hold the same names with the same shapes."""
+    remedy = "the weights belong to another config: use the config.json that was saved with them"
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise ValueError(f"{path} lacks {len(missing)} tensors, the first {missing[0]}; {remedy}")
+    if unknown := sorted(found.keys() - wanted.keys()):
+        raise ValueError(f"{path} has {len(unknown)} unknown tensors, the first {unknown[0]}; {remedy}")
+    for name, tensor in wanted.items():
+        if found[name].shape != tensor.shape:
+            shapes = f"{tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+            raise ValueError(f"{path} has {name} of shape {shapes}; {remedy}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON for people: indented, one newline at the end."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; ValueError when the file is absent or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); name a folder that this program wrote") from error
+
+
+def dump_config(config: Any) -> Any:
+    """A config dataclass as JSON values."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def parse_config(kind: type[T], raw: Any, path: Path) -> T:
+    """JSON values as a config dataclass; ValueError for wrong values, and for keys that the class does not
+    have."""
+    try:
+        config = TypeAdapter(kind).validate_python(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path}: {where}: {first['msg']}; repair it or write it again") from error
+    if unknown := _unknown(raw, dump_config(config)):
+        raise ValueError(f"{path}: unknown key {unknown}; remove it, or update the code to a version that knows it")
+    return config
+
+
+def _unknown(raw: Any, known: Any) -> str | None:
+    """The dotted name of the first key of `raw` that `known` lacks."""
+    if not isinstance(raw, dict) or not isinstance(known, dict):
+        return None
+    for key, value in raw.items():
+        if key not in known:
+            return key
+        if below := _unknown(value, known[key]):
+            return f"{key}.{below}"
+    return None
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,56 @@
+"""Labels -> conditioning tokens, to train a decoder before any language model is there.
+
+A label is a few words from a closed vocabulary, and may have a place. A class label is one token of one word; a scene is a
+token for its background and one for each object (colour, shape, size and place). Letters: B batch, L tokens, K words a token,
+C conditioning width."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+UNKNOWN = 0  # the word of whatever is not told; a token of nothing else is the null condition
+
+
+@dataclass(frozen=True)
+class LabelsConfig:
+    """`vocabulary` counts all words, UNKNOWN included; `tokens` and `words` are L and K."""
+
+    vocabulary: int
+    tokens: int = 1
+    words: int = 1
+    places: bool = False
+    width: int = 384
+
+
+class Labels(nn.Module):
+    """words [B, L, K] long, places [B, L, 3] (x, y, and how far off they may be, all in [0, 1]) -> [B, L, C].
+
+    Tokens leave with mean square 1, as a connector's do for a SiT."""
+
+    def __init__(self, config: LabelsConfig, frequencies: int = 16):
+        super().__init__()
+        self.config = config
+        self.embed_word = nn.Embedding(config.vocabulary, config.width)
+        speed = math.pi * 2 ** torch.linspace(
+            0, 4, frequencies
+        )  # from half a wave to eight across the picture
+        self.register_buffer("speed", speed, persistent=False)  # [frequencies]
+        self.embed_place = nn.Linear(4 * frequencies + 1, config.width) if config.places else None
+        self.mix = nn.Sequential(
+            nn.Linear(config.width, config.width), nn.GELU(), nn.Linear(config.width, config.width)
+        )
+        self.norm = nn.RMSNorm(config.width)
+        nn.init.normal_(self.embed_word.weight, std=0.5)
+
+    def forward(self, words: Tensor, places: Tensor | None = None) -> Tensor:
+        tokens = self.embed_word(words).sum(dim=2)  # [B, L, C]
+        if self.embed_place is not None:
+            if places is None:
+                raise ValueError("places: these labels were trained with places; give [B, L, 3]")
+            x, y, spread = places.unbind(-1)  # [B, L] each
+            angle = torch.stack([x, y], dim=-1)[..., None] * self.speed  # [B, L, 2, frequencies]
+            waves = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(2)  # [B, L, 4 frequencies]
+            tokens = tokens + self.embed_place(torch.cat([waves, spread[..., None]], dim=-1).to(tokens.dtype))
+        return self.norm(tokens + self.mix(tokens))

@@ -1,0 +1,128 @@
+"""prefix -> [frozen MLLM + queries] -> connector -> decoder -> prediction, and which of its parameters train.
+
+Letters: B batch, Q queries, D MLLM width, C conditioning width, c h w latent channels, height, width."""
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.connector import Connector, ConnectorConfig
+from model.decoder import DecoderConfig, SiTDecoder, build_decoder
+from model.mllm import FrozenMLLM, MLLMConfig, Prefilled, load
+from model.noise import FlowConfig, NoiseConfig, Noising, build_noising
+from model.prefix import Prefix
+from model.queries import Queries
+from model.vae import LatentVAE, VAEConfig, load_vae
+
+
+@dataclass(frozen=True)
+class MetaQueryConfig:
+    """What the bridge is made of and what of it trains.
+
+    `trainable`: patterns over the decoder's parameter names ("*", "sit.blocks.*.cross.*"); queries and
+    connector always train. `learned_queries` False freezes random queries; `read` "prompt" hands the
+    connector the last-layer states of the last `queries` prompt tokens instead (both for ablations)."""
+
+    mllm: MLLMConfig
+    decoder: DecoderConfig
+    vae: VAEConfig
+    queries: int = 64
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    noise: NoiseConfig = field(default_factory=FlowConfig)
+    trainable: tuple[str, ...] = ()
+    learned_queries: bool = True
+    read: Literal["queries", "prompt"] = "queries"
+
+
+class MetaQuery(nn.Module):
+    """Registers what may train: queries, connector, decoder. The MLLM and the VAE are held outside, so that
+    neither an optimiser, a ZeRO engine nor a checkpoint ever sees them."""
+
+    mllm: FrozenMLLM
+    vae: LatentVAE
+
+    def __init__(
+        self,
+        config: MetaQueryConfig,
+        mllm: FrozenMLLM,
+        vae: LatentVAE,
+        queries: Queries | None,
+        connector: Connector,
+        decoder: SiTDecoder,
+    ):
+        super().__init__()
+        object.__setattr__(self, "mllm", mllm)
+        object.__setattr__(self, "vae", vae)
+        self.config = config
+        self.noising: Noising = build_noising(config.noise)
+        self.queries = queries
+        self.connector = connector
+        self.decoder = decoder
+        self.latent_shape = decoder.latent_shape
+        self._choose_trainable()
+
+    def forward(self, prefix: Prefix | Prefilled, x_t: Tensor, t: Tensor) -> Tensor:
+        """Prefix of B rows, x_t [B, c, h, w], t [B] in [0, 1] -> prediction [B, c, h, w]."""
+        return self.decoder(x_t, t, self.condition(prefix))
+
+    def condition(self, prefix: Prefix | Prefilled) -> Tensor:
+        """What the decoder is told about each row, [B, Q, C]."""
+        if self.queries is not None:
+            return self.connector(self.mllm.read(prefix, self.queries()))
+        known = prefix if isinstance(prefix, Prefilled) else self.mllm.prefill(prefix)
+        return self.connector(known.last_states(self.config.queries))
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along a side of what it draws."""
+        return self.latent_shape[1] * self.vae.factor
+
+    def place(self, device: torch.device | str) -> "MetaQuery":
+        """Move everything, the parts held outside included; returns itself."""
+        self.mllm.to(device)
+        self.vae.to(device)
+        return self.to(device)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """What a release has to contain: all that is registered, less the frozen part of a decoder that has a
+        home."""
+        state = self.state_dict()
+        if self.config.decoder.path is None:
+            return state
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        return {name: t for name, t in state.items() if not (name in frozen and name.startswith("decoder."))}
+
+    def _choose_trainable(self) -> None:
+        if self.queries is not None:
+            self.queries.requires_grad_(self.config.learned_queries)
+        names = [name for name, _ in self.decoder.named_parameters()]
+        for pattern in self.config.trainable:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                examples = ", ".join(names[:: max(1, len(names) // 4)])
+                raise ValueError(f"trainable {pattern!r} matches no decoder parameter; there are {examples}, ...")
+        for name, parameter in self.decoder.named_parameters():
+            parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in self.config.trainable))
+
+
+def build(config: MetaQueryConfig, mllm: FrozenMLLM | None = None, vae: LatentVAE | None = None) -> MetaQuery:
+    """Load the frozen parts that are not given, make the others fresh (a decoder with a path comes
+    trained)."""
+    mllm = mllm if mllm is not None else load(config.mllm)
+    vae = vae if vae is not None else load_vae(config.vae)
+    decoder = build_decoder(config.decoder)
+    if decoder.latent_shape[0] != vae.latent_channels:
+        raise ValueError(
+            f"the decoder draws latents of {decoder.latent_shape[0]} channels and vae.path "
+            f"{config.vae.path!r} has {vae.latent_channels}; choose a pair that was trained together"
+        )
+    if config.queries > decoder.condition_tokens:
+        raise ValueError(
+            f"queries is {config.queries} and the decoder takes {decoder.condition_tokens} conditioning tokens; "
+            "lower queries or raise the decoder's condition_tokens"
+        )
+    queries = Queries(config.queries, mllm.width, mllm.embedding_std) if config.read == "queries" else None
+    connector = Connector(config.connector, mllm.width, decoder.condition_width, decoder.condition_gain)
+    return MetaQuery(config, mllm, vae, queries, connector, decoder)

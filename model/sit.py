@@ -1,0 +1,265 @@
+"""SiT: noisy latents, a time and conditioning tokens -> the prediction, and the hidden layer to align.
+
+A diffusion transformer (Peebles & Xie 2022; Ma et al. 2024) with per-head qk-norm. The conditioning tokens
+join the sequence (in_context) or are looked up in every block (cross_attention); their mean joins the time in
+the modulation. Letters: B batch, c h w latent channels, height, width, N latent tokens, L conditioning
+tokens, S = L + N (in context) or N, C conditioning width, D width."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import RMSNorm, attend, merge_heads, split_heads
+
+
+@dataclass(frozen=True)
+class SiTConfig:
+    """Shape of a SiT.
+
+    `shared_modulation`: one modulation for all blocks plus a table per block (adaLN-single, a third fewer
+    parameters); otherwise adaLN-Zero per block, as published. `align_depth`: where an alignment loss
+    looks."""
+
+    latent_channels: int
+    latent_size: int  # h = w
+    patch: int = 1
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    condition_width: int = 384
+    condition_tokens: int = 64  # the most that a call may bring
+    conditioning: Literal["in_context", "cross_attention"] = "in_context"
+    shared_modulation: bool = True
+    align_depth: int = 4
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class SiTOutput:
+    """`hidden` holds the latent tokens after the block that was asked for."""
+
+    prediction: Tensor  # [B, c, h, w]
+    hidden: Tensor | None = None  # [B, N, D]
+
+
+class SiT(nn.Module):
+    """See the module's head. A fresh SiT predicts exactly zero (adaLN-Zero)."""
+
+    def __init__(self, config: SiTConfig):
+        super().__init__()
+        _validate(config)
+        self.config = config
+        width, patch_values = config.width, config.latent_channels * config.patch**2
+        self.embed = nn.Linear(patch_values, width)
+        position = sincos_2d(width, config.latent_size // config.patch)  # [N, D]
+        self.register_buffer("position", position, persistent=False)
+        self.embed_time = TimeEmbedding(width)
+        self.embed_condition = nn.Sequential(
+            nn.Linear(config.condition_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+        )
+        # zero: the order of the conditioning tokens starts unused
+        self.condition_position = nn.Parameter(torch.zeros(config.condition_tokens, width))
+        self.modulation = Modulation(width, 6) if config.shared_modulation else None
+        self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(config.depth))
+        self.final_modulation = Modulation(width, 2)
+        self.final_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.unembed = nn.Linear(width, patch_values)
+        self._init_weights()
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Tensor,
+        condition_mask: Tensor | None = None,
+        hidden_at: int | None = None,
+    ) -> SiTOutput:
+        """x_t [B, c, h, w], t [B] in [0, 1], condition [B, L, C], condition_mask [B, L] bool (True = real;
+        with cross_attention each row needs one) -> float32 prediction [B, c, h, w], and the latent tokens
+        after block number `hidden_at`."""
+        dtype = self.embed.weight.dtype
+        condition = self.embed_condition(condition.to(dtype))  # [B, L, D]
+        condition = condition + self.condition_position[: condition.shape[1]]
+        time = self.embed_time(t) + masked_mean(condition, condition_mask)  # [B, D]
+        x = self.embed(patchify(x_t.to(dtype), self.config.patch)) + self.position  # [B, N, D]
+        context, tokens, mask = condition, x.shape[1], _attention_mask(condition_mask, 0)  # mask [B, 1, 1, L]
+        if self.config.conditioning == "in_context":
+            x = torch.cat([condition, x], dim=1)  # [B, L + N, D]
+            context, mask = None, _attention_mask(condition_mask, tokens)  # mask [B, 1, 1, L + N]
+        shared = None if self.modulation is None else self.modulation(time)  # [B, 6, D]
+        hidden = None
+        for number, block in enumerate(self.blocks, start=1):
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, time, shared, context, mask, use_reentrant=False)
+            else:
+                x = block(x, time, shared, context, mask)  # [B, S, D]
+            if number == hidden_at:
+                hidden = x[:, -tokens:]
+        shift, scale = self.final_modulation(time).unsqueeze(2).unbind(1)  # [B, 1, D] each
+        x = modulate(self.final_norm(x[:, -tokens:]), shift, scale)  # [B, N, D]
+        return SiTOutput(unpatchify(self.unembed(x).float(), self.config.patch, x_t.shape), hidden)
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():  # adaLN-Zero: every block starts as the identity
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.project.weight)
+            elif isinstance(module, CrossAttention):
+                nn.init.zeros_(module.out.weight)
+        for parameter in self.embed_time.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+        nn.init.zeros_(self.unembed.weight)
+
+
+class SiTBlock(nn.Module):
+    """Self-attention, (cross-attention,) MLP; the time shifts, scales and gates the first and the last."""
+
+    def __init__(self, config: SiTConfig):
+        super().__init__()
+        width = config.width
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attention = SelfAttention(width, config.heads)
+        self.cross = CrossAttention(width, config.heads) if config.conditioning == "cross_attention" else None
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.modulation = None if config.shared_modulation else Modulation(width, 6)
+        self.table = nn.Parameter(torch.zeros(6, width)) if config.shared_modulation else None
+
+    def forward(self, x: Tensor, time: Tensor, shared: Tensor | None, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        """x [B, S, D], time [B, D], shared [B, 6, D] with adaLN-single -> [B, S, D]."""
+        if self.modulation is not None:
+            values = self.modulation(time)
+        else:
+            assert shared is not None and self.table is not None
+            values = shared + self.table
+        shift1, scale1, gate1, shift2, scale2, gate2 = values.unsqueeze(2).unbind(1)  # [B, 1, D] each
+        self_mask = mask if context is None else None
+        attended = self.attention(modulate(self.norm1(x), shift1, scale1), self_mask)  # [B, S, D]
+        x = torch.addcmul(x, gate1, attended)
+        if self.cross is not None and context is not None:
+            x = x + self.cross(x, context, mask)
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+
+class SelfAttention(nn.Module):
+    """Bidirectional attention; normalised queries and keys keep its logits bounded (Dehghani et al. 2023)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))  # [B, heads, S, D / heads]
+        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v, mask)))
+
+
+class CrossAttention(nn.Module):
+    """Latent tokens look up the conditioning tokens; starts as the identity."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        q = split_heads(self.q(self.norm(x)), self.heads)  # [B, heads, N, D / heads]
+        k, v = (split_heads(part, self.heads) for part in self.kv(context).chunk(2, dim=-1))  # [B, heads, L, ..]
+        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v, mask)))
+
+
+class Modulation(nn.Module):
+    """Time embedding [B, D] -> `parts` shifts, scales and gates [B, parts, D]; starts at zero."""
+
+    def __init__(self, width: int, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.project = nn.Linear(width, parts * width)
+
+    def forward(self, time: Tensor) -> Tensor:
+        return self.project(F.silu(time)).unflatten(-1, (self.parts, -1))
+
+
+class TimeEmbedding(nn.Module):
+    """t [B] in [0, 1] -> [B, D]: 256 sines and cosines of 1000 t in float32, then an MLP."""
+
+    def __init__(self, width: int, frequencies: int = 256):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.frequencies // 2
+        speed = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+        angle = 1000 * t.float()[:, None] * speed  # [B, half]
+        waves = torch.cat([angle.cos(), angle.sin()], dim=-1)  # [B, frequencies]
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [B, S, D] (1 + scale [B, 1, D]) + shift [B, 1, D]."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of x [B, L, D] over the tokens where mask [B, L] is True; zero where there is none."""
+    if mask is None:
+        return x.mean(dim=1)
+    weight = mask.to(x.dtype).unsqueeze(-1)  # [B, L, 1]
+    return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """[B, c, h, w] -> [B, N, c patch patch], rows of patches from the top."""
+    batch, channels, height, width = x.shape
+    x = x.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+
+
+def unpatchify(x: Tensor, patch: int, shape: torch.Size) -> Tensor:
+    """The inverse of `patchify`: [B, N, c patch patch] -> [B, c, h, w]."""
+    batch, channels, height, width = shape
+    x = x.reshape(batch, height // patch, width // patch, channels, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(shape)
+
+
+def sincos_2d(width: int, size: int) -> Tensor:
+    """Fixed positions of a size x size grid, [size size, width]: half the channels for the row, half the
+    column."""
+    speed = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(size, dtype=torch.float64)[:, None] * speed  # [size, width / 4]
+    axis = torch.cat([angle.sin(), angle.cos()], dim=-1)  # [size, width / 2]
+    rows = axis[:, None].expand(size, size, -1)
+    columns = axis[None, :].expand(size, size, -1)
+    return torch.cat([rows, columns], dim=-1).reshape(size * size, width).float()
+
+
+def _attention_mask(condition_mask: Tensor | None, latent_tokens: int) -> Tensor | None:
+    """[B, L] -> [B, 1, 1, L + latent_tokens]: which keys may be looked at; None when all may."""
+    if condition_mask is None:
+        return None
+    always = condition_mask.new_ones(condition_mask.shape[0], latent_tokens)
+    return torch.cat([condition_mask, always], dim=1)[:, None, None, :]
+
+
+def _validate(config: SiTConfig) -> None:
+    if config.latent_size % config.patch:
+        raise ValueError(f"sit.latent_size {config.latent_size} is not a multiple of sit.patch {config.patch}")
+    if config.width % config.heads or config.width % 4:
+        raise ValueError(f"sit.width {config.width} must be a multiple of 4 and of sit.heads {config.heads}")
+    if not 0 <= config.align_depth <= config.depth:
+        raise ValueError(f"sit.align_depth {config.align_depth} must lie between 0 and sit.depth {config.depth}")

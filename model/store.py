@@ -1,0 +1,106 @@
+"""MetaQuery <-> release folder: config.json and model.safetensors, small, public and self-describing.
+
+A release holds what was trained and names what was not: each frozen part by path, revision and sha256."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from model.assets import fingerprint, portable, tensors_of
+from model.files import (
+    dump_config,
+    match,
+    parse_config,
+    publish,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from model.metaquery import MetaQuery, MetaQueryConfig, build
+
+FORMAT, VERSION = "querybridge.metaquery", 1
+
+
+def save(folder: Path, model: MetaQuery, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write a release of `model`, complete or not at all; `tensors` replaces some of its own (an EMA, for
+    one)."""
+    own = model.own_tensors()
+    if tensors is not None:
+        assert tensors.keys() <= own.keys(), "a release cannot hold what the model does not own"
+        own |= tensors
+    with publish(folder) as draft:
+        write_tensors(draft / "model.safetensors", own)
+        write_json(
+            draft / "config.json",
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "model": dump_config(_portable(model.config)),
+                "frozen": _frozen(model),
+            },
+        )
+
+
+def load(folder: Path, verify: bool = True) -> MetaQuery:
+    """The model of a release, on CPU in eval mode. ValueError names what is missing, unknown, of another
+    shape or, with `verify`, not the frozen part that it was trained with."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no release (it has no config.json); name the folder that training wrote")
+    raw = read_json(path)
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise ValueError(f"{path}: format is not {FORMAT!r}; name a release folder that training wrote")
+    if raw.get("version") != VERSION:
+        raise ValueError(f"{path}: version {raw.get('version')} is unknown, this code reads {VERSION}; update the code")
+    if unknown := sorted(raw.keys() - {"format", "version", "model", "frozen"}):
+        raise ValueError(f"{path}: unknown key {unknown[0]}; remove it, or update the code to a version that knows it")
+    tensors = read_tensors(folder / "model.safetensors")
+    model = build(parse_config(MetaQueryConfig, raw.get("model"), path))
+    match(tensors, model.own_tensors(), folder / "model.safetensors")
+    model.load_state_dict(tensors, strict=False)  # the names are checked; the rest came with the decoder
+    if verify:
+        _verify(raw.get("frozen", {}), _frozen(model), path)
+    return model.eval()
+
+
+def _frozen(model: MetaQuery) -> dict[str, dict[str, Any]]:
+    """Path, revision and sha256 of everything that the release needs and does not contain."""
+    config = _portable(model.config)
+    parts = {
+        "mllm": {
+            "path": config.mllm.path,
+            "revision": config.mllm.revision,
+            "sha256": model.mllm.fingerprint(),
+        },
+        "vae": {"path": config.vae.path, "sha256": fingerprint(tensors_of(model.vae.autoencoder))},
+    }
+    if config.decoder.path is not None:
+        own = model.own_tensors().keys()
+        rest = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+        parts["decoder"] = {"path": config.decoder.path, "sha256": fingerprint(rest)}
+    return parts
+
+
+def _verify(recorded: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]], path: Path) -> None:
+    for part, facts in found.items():
+        if recorded.get(part, {}).get("sha256") != facts["sha256"]:
+            raise ValueError(
+                f"{path}: the {part} at {facts['path']!r} is not the one that this release was trained with; "
+                "restore that version or train again"
+            )
+
+
+def _portable(config: MetaQueryConfig) -> MetaQueryConfig:
+    decoder = config.decoder
+    if decoder.path is not None:
+        decoder = replace(decoder, path=portable(decoder.path))
+    return replace(
+        config,
+        mllm=replace(config.mllm, path=portable(config.mllm.path)),
+        vae=replace(config.vae, path=portable(config.vae.path)),
+        decoder=decoder,
+    )

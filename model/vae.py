@@ -1,0 +1,68 @@
+"""Pixels <-> unit-variance latents, through a frozen AutoencoderKL of diffusers.
+
+Three spaces: pixels in [-1, 1] -> raw latents (the encoder's mean) -> latents (shifted and scaled to unit
+variance). Letters: B batch, H W pixels, c h w latent channels, height, width."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor
+
+from model.assets import locate
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Which autoencoder: a folder in diffusers' layout (its own, or the `vae` folder of a model)."""
+
+    path: str
+
+
+def load_vae(config: VAEConfig) -> "LatentVAE":
+    """The frozen autoencoder in float32 on CPU; ValueError when the folder is not there."""
+    folder = locate(config.path)
+    if folder is None or not (folder / "config.json").is_file():
+        raise ValueError(
+            f"vae.path {config.path!r} holds no autoencoder; name a folder in diffusers' layout, or run make assets"
+        )
+    return LatentVAE(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True))
+
+
+class LatentVAE:
+    """A frozen autoencoder whose latents have mean 0 and variance 1.
+
+    The statistics come from its own config: `latents_mean` and `latents_std` per channel where present, else
+    the scalar `shift_factor` and `scaling_factor`."""
+
+    def __init__(self, autoencoder: AutoencoderKL):
+        # Any: diffusers' annotations know neither its configs nor its outputs
+        self.autoencoder: Any = autoencoder.eval().requires_grad_(False)
+        config = self.autoencoder.config
+        self.latent_channels: int = config.latent_channels
+        self.factor: int = 2 ** (len(config.block_out_channels) - 1)  # H / h
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            mean = [config.get("shift_factor") or 0.0] * self.latent_channels
+            std = [1.0 / config.scaling_factor] * self.latent_channels
+        self._mean = torch.tensor(mean).reshape(1, -1, 1, 1)
+        self._std = torch.tensor(std).reshape(1, -1, 1, 1)
+
+    def to(self, device: torch.device | str) -> "LatentVAE":
+        """Move in place; returns itself."""
+        self.autoencoder.to(device)
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] -> latents [B, c, h, w] of unit variance (the posterior's mean)."""
+        raw = self.autoencoder.encode(pixels.to(self.autoencoder.dtype)).latent_dist.mode()  # [B, c, h, w]
+        return (raw.float() - self._mean) / self._std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, c, h, w] of unit variance -> pixels [B, 3, H, W], clamped to [-1, 1]."""
+        raw = latents.float() * self._std + self._mean
+        return self.autoencoder.decode(raw.to(self.autoencoder.dtype)).sample.float().clamp(-1, 1)

@@ -1,0 +1,101 @@
+"""A release -> measures: how well it draws and how well its MLLM understands.
+
+`world` asks for held-out scenes of the generated world and judges the pictures by the pixel reader (what is asked:
+`sample/world_suite.py`), then asks the MLLM about held-out pictures (`sample/world_answers.py`).
+"""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes
+
+from sample.cli import run
+from sample.settings import Drawing
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Score a release on held-out scenes of the generated world."""
+
+    release: Path
+    """The release folder to score."""
+    split: tuple[Literal["val", "pairs", "counts"], ...] = ("val",)
+    """val: seen pairs of colour and shape; pairs: held-out pairs; counts: more objects than training shows."""
+    n: int = 100
+    """Prompts for each category; 0 leaves drawing out."""
+    images: int = 200
+    """Pictures to ask the MLLM about; 0 leaves understanding out."""
+    seed: int = 0
+    """Decides prompts, pictures and questions."""
+    batch_size: int = 32
+    """Pictures drawn, and questions asked, at once."""
+    json: Path | None = None
+    """Where to write the measures."""
+    grid: Path | None = None
+    """Where to write a PNG of the first pictures of each category, with verdicts."""
+    drawing: Annotated[Drawing, OmitArgPrefixes] = Drawing()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the evaluation that the command line names."""
+    world(tyro.extras.subcommand_cli_from_dict({"world": World}, args=argv))
+
+
+def world(args: World) -> None:
+    """Draws, asks, prints the measures, and writes them where told.
+
+    Raises:
+        ValueError: a number is out of range, or the release cannot be loaded or draws too small to be read.
+    """
+    if args.n < 0 or args.images < 0 or args.n + args.images == 0 or args.batch_size < 1:
+        raise ValueError("give --n or --images above 0, none below, and a --batch-size of at least 1")
+    from sample.files import (
+        write_whole,
+    )  # heavy imports wait until the arguments are right: --help stays instant
+    from sample.measures import Measure, show, write_json
+    from sample.pipeline import Pipeline
+    from sample.world_answers import exams, understanding
+    from sample.world_drawing import Judged, drawing, picture_of
+    from sample.world_suite import suite
+
+    pipeline = Pipeline.from_release(args.release)
+
+    def draw(prompts, seeds):
+        return pipeline(prompts, seeds, **vars(args.drawing))
+
+    measures: dict[str, Measure] = {}
+    judged: list[Judged] = []
+    for split in args.split if args.n else ():
+        name = "generation" if split == "val" else f"generation.{split}"
+        asked = suite(args.seed, split, args.n)
+        scores, verdicts = drawing(draw, asked, name, args.seed, args.batch_size, _watch(f"drawing {split}"))
+        measures |= scores
+        judged += verdicts
+    if args.images:
+        asked = exams(args.seed, "val", args.images)
+        measures |= understanding(pipeline.model.mllm, asked, args.batch_size, _watch("asking"))
+    show(f"{args.release}", measures)
+    if args.grid is not None and judged:
+        picture = picture_of(judged)
+        write_whole(args.grid, lambda temporary: picture.save(temporary, format="PNG"))
+    if args.json is not None:
+        write_json(args.json, measures)
+
+
+def _watch(what: str):
+    """Wraps an iterable in a progress bar on a terminal's standard error."""
+    from rich.console import Console
+    from rich.progress import track
+
+    def watch(steps: Iterable) -> Iterable:
+        return track(steps, what, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+    return watch
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

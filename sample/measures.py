@@ -1,0 +1,90 @@
+"""Counts -> named measures with intervals -> what a command prints, and the same as JSON.
+
+Every measuring command writes `{"<name>": {"value", "low", "high", "n", "unit"}}`; names are stable and dotted
+(`generation.colour`), so that a later run, a table or a test can read them.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from sample.files import write_whole
+
+NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A value from `n` observations; `low` and `high` bound it with 95 % confidence, None where no interval is known."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int = 1
+    unit: str = ""
+
+
+def share(successes: int, n: int) -> Measure:
+    """successes / n in [0, 1] with Wilson's 95 % interval (1927, eq. 7); of no trials, 0 with the interval [0, 1]."""
+    assert 0 <= successes <= n, (successes, n)
+    if n == 0:
+        return Measure(0.0, 0.0, 1.0, 0, "share")
+    z = 1.959964  # two-sided 95 % quantile of the normal distribution
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return Measure(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n, "share")
+
+
+def write_json(path: Path, measures: Mapping[str, Measure]) -> None:
+    """Writes all measures as JSON, whole or not at all.
+
+    Raises:
+        ValueError: a name is not dotted lower case, or a number is not finite.
+    """
+    for name, measure in measures.items():
+        if not NAME.fullmatch(name):
+            raise ValueError(f"measure {name!r}: the name must be dotted lower case, like generation.colour")
+        if not all(math.isfinite(x) for x in (measure.value, measure.low, measure.high) if x is not None):
+            raise ValueError(f"measure {name!r}: the value is not finite; nothing was written")
+    text = json.dumps({name: asdict(measure) for name, measure in measures.items()}, indent=2) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path: Path) -> dict[str, Measure]:
+    """Measures that `write_json` wrote.
+
+    Raises:
+        ValueError: the file does not hold measures.
+    """
+    try:
+        return {name: Measure(**fields) for name, fields in json.loads(path.read_text()).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold measures as --json writes them: {error}") from error
+
+
+def show(title: str, measures: Mapping[str, Measure], console: Console | None = None) -> None:
+    """Prints measures as a table; shares in percent."""
+    numbers = [Column(heading, justify="right") for heading in ("value", "95 % interval", "n")]
+    table = Table("measure", *numbers, title=title, title_justify="left")
+    for name, measure in measures.items():
+        table.add_row(name, *_cells(measure))
+    (console or Console()).print(table)
+
+
+def _cells(measure: Measure) -> tuple[str, str, str]:
+    is_share = measure.unit == "share"
+
+    def say(x: float) -> str:
+        return f"{100 * x:.1f}" if is_share else f"{x:.4g}"
+
+    value = say(measure.value) + (" %" if is_share else f" {measure.unit}".rstrip())
+    if measure.low is None or measure.high is None:
+        return value, "", str(measure.n)
+    return value, f"{say(measure.low)} to {say(measure.high)}", str(measure.n)

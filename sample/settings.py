@@ -1,0 +1,53 @@
+"""How a picture is drawn, as values: what generate, evaluate and a training run's previews share."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+SolverName = Literal["dpm++", "euler", "heun", "euler_maruyama"]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly a picture follows its conditions; 1 follows them as they are and costs no further branch."""
+
+    text: Annotated[float, arg(name="guidance")] = 3.0
+    """How strongly to follow the prompt; 1 follows it plainly, in half the time."""
+    image: Annotated[float, arg(name="image-guidance")] = 1.0
+    """How strongly to follow the pictures to start from."""
+    start: Annotated[float, arg(name="guidance-start")] = 0.0
+    """Guide at times from here (0 data, 1 noise; Kynkäänniemi et al. 2024); outside, the prompt alone decides."""
+    end: Annotated[float, arg(name="guidance-end")] = 1.0
+    """Guide at times up to here."""
+    rescale: Annotated[float, arg(name="guidance-rescale")] = 0.0
+    """In [0, 1]: how far to pull the contrast that guidance adds back (Lin et al. 2023, eq. 14 to 16)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(f"guidance: start {self.start} and end {self.end} must be ordered within [0, 1]")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance: rescale {self.rescale} must lie in [0, 1]")
+
+    def weights(self, with_images: bool) -> tuple[float, float, float]:
+        """Weights of the branches (nothing, images only, everything); they sum to 1."""
+        if not with_images:
+            return 1 - self.text, 0.0, self.text
+        return 1 - self.image, self.image - self.text, self.text
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """With the prompt and the seed, all that decides a picture."""
+
+    steps: int = 30
+    """Steps from noise to picture."""
+    guidance: Guidance = Guidance()
+    negative: str = ""
+    """What to steer away from."""
+    solver: SolverName = "dpm++"
+    """How to step; euler_maruyama adds noise on the way."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps: {self.steps} is too few; take at least one")

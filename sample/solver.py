@@ -1,0 +1,124 @@
+"""Noise -> data, by steps along the grid of times that training and sampling share (`Noising.grid`).
+
+A solver sees a prediction as a function (x_t, t) and knows neither model nor guidance. Each works for flow matching and
+for diffusion, because it steps in the (x0, eps) that a prediction stands for: the step from t to s of a frozen pair is
+mix(x0, eps, s) - mix(x0, eps, t), which for flow matching is (s - t)(eps - x0), Euler's step of the velocity.
+
+Shape letters: B batch, c h w latent channels, height, width.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from diffusers import DPMSolverMultistepScheduler  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor
+
+from model.noise import FlowMatching, Noising
+from sample.guidance import Predict
+from sample.settings import SolverName
+
+Fresh = Callable[[], Tensor]
+"""New gaussian noise [B, c, h, w], asked for once per step by a stochastic solver."""
+
+
+class Solver(Protocol):
+    """Noise [B, c, h, w] -> data [B, c, h, w], float32, in `steps` steps."""
+
+    def __call__(self, predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: Fresh) -> Tensor: ...
+
+
+@torch.no_grad()
+def solve(
+    predict: Predict,
+    noise: Tensor,
+    steps: int,
+    noising: Noising,
+    method: SolverName = "dpm++",
+    fresh: Fresh | None = None,
+) -> Tensor:
+    """Noise [B, c, h, w] -> data. `fresh` feeds euler_maruyama; without it, torch's global generator does.
+
+    Raises:
+        ValueError: fewer than one step, or an unknown method.
+    """
+    if steps < 1:
+        raise ValueError(f"steps: {steps} is too few; take at least one")
+    if method not in SOLVERS:
+        raise ValueError(f"solver: {method!r} is unknown; choose one of {', '.join(SOLVERS)}")
+    return SOLVERS[method](predict, noise.float(), steps, noising, fresh or (lambda: torch.randn_like(noise)))
+
+
+def euler(predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: Fresh) -> Tensor:
+    """First order; for diffusion this is DDIM (Song et al. 2021, eq. 12 with sigma = 0)."""
+    x = noise
+    for t, s in _intervals(noising, steps, noise):
+        x = noising.mix(*_pair(predict, x, t, noising), s)
+    return x
+
+
+def heun(predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: Fresh) -> Tensor:
+    """Second order: the mean of the steps at both ends (Karras et al. 2022, alg. 1); Euler for the last step."""
+    x = noise
+    for t, s in _intervals(noising, steps, noise):
+        pair = _pair(predict, x, t, noising)
+        ahead = noising.mix(*pair, s)  # x_s by Euler
+        if s[0] > 0:
+            later = _pair(predict, ahead, s, noising)
+            ahead = (ahead + x + noising.mix(*later, s) - noising.mix(*later, t)) / 2
+        x = ahead
+    return x
+
+
+def euler_maruyama(predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: Fresh) -> Tensor:
+    """The reverse SDE with diffusion w = 2 sigma(t), whose drift adds eps (Ma et al. 2024, eq. 10); no noise at the end."""
+    x = noise
+    for t, s in _intervals(noising, steps, noise):
+        data, eps = _pair(predict, x, t, noising)
+        x = noising.mix(data, eps, s)
+        if s[0] > 0:
+            _, sigma = noising.levels(t)
+            dt = (t - s)[0]  # > 0: how far towards the data
+            x = x - dt * eps + (2 * sigma[0] * dt).sqrt() * fresh().to(x)
+    return x
+
+
+def dpm_plus_plus(predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: Fresh) -> Tensor:
+    """DPM-Solver++ (2M) of diffusers (Lu et al. 2022), on our grid.
+
+    Its own grid would start at 0.999 instead of 1 and hand out times cut to integers, so it is given ours.
+    """
+    flow = isinstance(noising, FlowMatching)
+    scheduler = DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=flow)
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(0)
+    grid = noising.grid(steps)  # [steps + 1]
+    alpha, sigma = noising.levels(grid)
+    scheduler.sigmas = sigma if flow else sigma / alpha
+    x = noise
+    for t, _ in _intervals(noising, steps, noise):
+        data, _ = _pair(predict, x, t, noising)
+        x = scheduler.step(data, 0, x, return_dict=False)[0]
+    return x
+
+
+SOLVERS: dict[SolverName, Solver] = {
+    "dpm++": dpm_plus_plus,
+    "euler": euler,
+    "heun": heun,
+    "euler_maruyama": euler_maruyama,
+}
+
+
+def _pair(predict: Predict, x: Tensor, t: Tensor, noising: Noising) -> tuple[Tensor, Tensor]:
+    """(x0, eps) that the prediction at (x_t, t) stands for, float32."""
+    prediction = predict(x, t)
+    return noising.to_data(x, prediction, t), noising.to_noise(x, prediction, t)
+
+
+def _intervals(noising: Noising, steps: int, noise: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(t, next t), each [B] on the noise's device, from noise to data."""
+    grid = noising.grid(steps).to(noise.device)
+    for t, s in pairwise(grid):
+        yield t.expand(len(noise)), s.expand(len(noise))

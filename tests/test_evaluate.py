@@ -1,0 +1,181 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.world.captions import holds
+from data.world.questions import Question
+from data.world.render import render
+from data.world.scene import HELD_OUT_PAIRS
+from sample import evaluate
+from sample.cli import run
+from sample.measures import read_json
+from sample.world_answers import Exam, answers, best_guess, exams, understanding, wording
+from sample.world_drawing import drawing, judge
+from sample.world_suite import ASKED_OF, CATEGORIES, chance, suite
+from tests import releases
+
+
+@pytest.mark.parametrize("split", ASKED_OF)
+def test_the_suite_is_a_function_of_its_arguments(split):
+    asked = suite(0, split, 12)
+    assert suite(0, split, 12) == asked != suite(1, split, 12)
+    assert [a.category for a in asked] == [category for category in ASKED_OF[split] for _ in range(12)]
+    fewer = suite(0, split, 5)
+    assert [a for a in asked if a in fewer] == fewer
+
+
+@pytest.mark.parametrize("split", ASKED_OF)
+def test_a_clean_picture_of_the_prompts_own_scene_is_right(split):
+    asked = suite(0, split, 20)
+    assert all(holds(one.claim, one.scene) for one in asked)
+    judged = judge(asked, [Image.fromarray(render(one.scene)) for one in asked])
+    assert all(one.right for one in judged)
+
+
+def test_prompts_say_what_their_category_judges():
+    for one in suite(0, "val", 30):
+        colours = {g.colour for g in one.claim.groups}
+        kinds = {(t.colour, t.shape) for t in one.scene.objects}
+        assert not kinds & HELD_OUT_PAIRS
+        if one.category in ("binding", "position"):
+            assert len(one.claim.groups) == 2
+            assert len(colours) == 2
+            assert (one.claim.link is None) == (one.category == "binding")
+        elif one.category == "count":
+            assert 2 <= one.claim.groups[0].count <= 4
+            assert colours == {None}
+        else:
+            assert len(one.scene.objects) == 1
+    assert {a.claim.groups[0].count for a in suite(0, "counts", 5)} == {5}
+    for one in suite(0, "pairs", 10):
+        assert {(t.colour, t.shape) for t in one.scene.objects} & HELD_OUT_PAIRS
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_each_category_sees_its_own_mistake(category):
+    """The right picture of another prompt of the category is wrong, but for what it shares by chance."""
+    asked = [a for a in suite(0, "val", 39) if a.category == category]
+    pictures = [Image.fromarray(render(one.scene)) for one in asked]
+    swapped = sum(one.right for one in judge(asked, pictures[1:] + pictures[:1]))
+    assert swapped <= {"count": 0, "colour": 15, "shape": 15}.get(category, 5)
+
+
+def test_chance_is_what_random_scenes_earn():
+    """By counting: a scene has one to four objects equally often, so a number of two to four is right one time in four."""
+    asked = [a for a in suite(0, "val", 30) if a.category == "count"]
+    assert chance(asked, seed=0) == pytest.approx(0.25, abs=0.05)
+    assert chance([a for a in suite(0, "val", 30) if a.category == "binding"], seed=0) < 0.01
+
+
+def test_scores_of_a_perfect_and_of_a_blind_drawer():
+    asked = suite(0, "val", 6)
+    truth = {one.text: Image.fromarray(render(one.scene)) for one in asked}
+    truth[""] = truth[asked[0].text]
+    seeds = []
+
+    def perfect(prompts, numbers):
+        seeds.extend(numbers)
+        return [truth[prompt] for prompt in prompts]
+
+    measures, judged = drawing(perfect, asked, "generation", seed=5, batch_size=4)
+    assert all(measures[f"generation.{category}"].value == 1 for category in CATEGORIES)
+    assert len(judged) == 36
+    assert seeds == list(range(5, 5 + 36 + 6))
+    assert measures["generation.empty.binding"].value == 0
+    assert measures["generation.chance.count"].low is None
+
+
+def test_the_guess_without_the_picture_is_the_best_constant():
+    yes, no = (Question("existence", f"Is there a {c} star?", a, ("yes", "no")) for c, a in (("red", "yes"), ("blue", "no")))
+    larger = [
+        Question("comparison", f"Which is larger, the {a} or the {b}?", w, (a, b))
+        for a, b, w in [
+            ("red star", "blue star", "blue star"),
+            ("pink cross", "cyan cross", "cyan cross"),
+            ("red cross", "red star", "red cross"),
+        ]
+    ]
+    assert best_guess([yes, yes, no, *larger]) == [True, True, False, True, True, False]
+    assert wording("Is the red star left of the blue cross?") == wording("Is the pink square above the green circle?")
+    assert (
+        wording("How many crosses are there?")
+        == wording("How many stars are there?")
+        != wording("How many objects are there?")
+    )
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    return releases.release(tmp_path_factory.mktemp("evaluate"), pixels=48)
+
+
+@pytest.fixture(scope="module")
+def mllm(release):
+    from model.store import load
+
+    return load(release).mllm
+
+
+def test_batched_answers_equal_single_replies(mllm):
+    asked = exams(0, "val", 2, size=16)
+    one_by_one = [answers(mllm, [exam], 1)[0] for exam in asked]
+    assert answers(mllm, asked, 5) == one_by_one
+
+
+def test_understanding_counts_right_answers_by_kind(mllm):
+    """Questions whose wanted answer is what the model says anyway: all right with the picture."""
+    asked = exams(0, "val", 2, size=16)
+    said = answers(mllm, asked, 8)
+    told = [
+        Exam(Question(e.question.kind, e.question.text, answer, (answer, "other")), e.picture)
+        for e, answer in zip(asked, said, strict=True)
+    ]
+    measures = understanding(mllm, told, 8)
+    kinds = {e.question.kind for e in told}
+    assert {f"understanding.{kind}" for kind in [*kinds, "all"]} <= set(measures)
+    assert all(measures[f"understanding.{kind}"].value == 1 for kind in kinds)
+    assert sum(measures[f"understanding.{kind}"].n for kind in kinds) == measures["understanding.all"].n == len(told)
+    blank = answers(mllm, [Exam(e.question, Image.new("RGB", (16, 16), (128, 128, 128))) for e in told], 8)
+    expected = np.mean([a == b for a, b in zip(blank, said, strict=True)])
+    assert measures["understanding.blank.all"].value == pytest.approx(expected)
+
+
+def test_the_command_prints_writes_and_repeats_itself(release, tmp_path, capsys):
+    def once(name):
+        arguments = f"world --release {release} --split val pairs --n 1 --images 1 --steps 1 --json {tmp_path / name}"
+        assert run(evaluate.main, [*arguments.split(), "--grid", str(tmp_path / "grid.png")]) == 0
+        return read_json(tmp_path / name)
+
+    measures = once("a.json")
+    assert measures == once("b.json")
+    assert {f"generation.{category}" for category in CATEGORIES} <= set(measures)
+    assert {f"generation.pairs.{category}" for category in ASKED_OF["pairs"]} <= set(measures)
+    assert {"generation.empty.colour", "generation.chance.colour", "understanding.all"} <= set(measures)
+    assert set(json.loads((tmp_path / "a.json").read_text())["generation.colour"]) == {
+        "value",
+        "low",
+        "high",
+        "n",
+        "unit",
+    }
+    assert "generation.colour" in capsys.readouterr().out
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert 128 < grid.width < 2 * 128
+        assert grid.height > 11 * 128
+
+
+def test_mistakes_exit_with_two_and_write_nothing(release, tmp_path, capsys):
+    small = releases.release(tmp_path / "small")
+    out = tmp_path / "out.json"
+    for words, arguments in {
+        "is no release": ["--release", tmp_path],
+        "above 0": ["--release", release, "--n", "0", "--images", "0"],
+        "48": ["--release", small, "--n", "1", "--images", "0", "--steps", "1"],
+    }.items():
+        assert run(evaluate.main, ["world", *map(str, arguments), "--json", str(out)]) == 2
+        assert words in capsys.readouterr().err
+        assert not out.exists()
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["world", "--release", str(release), "--split", "test"])

@@ -1,0 +1,140 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import attention
+from model.sit import SiT, SiTConfig, patchify, sincos_2d, unpatchify
+from tests import tiny
+
+KINDS = [(kind, shared) for kind in ("in_context", "cross_attention") for shared in (True, False)]
+
+
+def awake(**changes):
+    """A SiT whose zero-initialised maps have values, so that everything can matter."""
+    torch.manual_seed(0)
+    sit = SiT(tiny.sit_config(**changes))
+    with torch.no_grad():
+        for parameter in sit.parameters():
+            if parameter.abs().sum() == 0:
+                parameter.normal_(std=0.1)
+    return sit
+
+
+def inputs(batch=3, tokens=5):
+    random = torch.Generator().manual_seed(1)
+    x_t = torch.randn(batch, 4, 8, 8, generator=random)
+    return x_t, torch.rand(batch, generator=random), torch.randn(batch, tokens, 24, generator=random)
+
+
+@pytest.mark.parametrize(("kind", "shared"), KINDS)
+def test_a_fresh_sit_predicts_zero_and_then_learns(kind, shared):
+    sit = SiT(tiny.sit_config(conditioning=kind, shared_modulation=shared))
+    x_t, t, condition = inputs()
+    assert (sit(x_t, t, condition).prediction == 0).all()
+    optimizer = torch.optim.Adam(sit.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = F.mse_loss(sit(x_t, t, condition).prediction, x_t)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert all(parameter.grad is not None for parameter in sit.parameters())
+
+
+@pytest.mark.parametrize(("kind", "shared"), KINDS)
+def test_rows_do_not_meet(kind, shared):
+    sit, (x_t, t, condition) = awake(conditioning=kind, shared_modulation=shared), inputs()
+    together = sit(x_t, t, condition).prediction
+    for row in range(3):
+        alone = sit(x_t[row : row + 1], t[row : row + 1], condition[row : row + 1]).prediction
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["in_context", "cross_attention"])
+def test_masked_conditioning_tokens_do_not_exist(kind):
+    sit, (x_t, t, condition) = awake(conditioning=kind), inputs()
+    mask = torch.tensor([[True, True, True, False, False]]).expand(3, -1)
+    masked = sit(x_t, t, condition, mask).prediction
+    torch.testing.assert_close(masked, sit(x_t, t, condition[:, :3]).prediction, atol=1e-5, rtol=1e-5)
+    assert (masked - sit(x_t, t, condition).prediction).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["in_context", "cross_attention"])
+def test_time_and_conditioning_matter(kind):
+    sit, (x_t, t, condition) = awake(conditioning=kind), inputs()
+    out = sit(x_t, t, condition).prediction
+    assert (sit(x_t, t + 0.1, condition).prediction - out).abs().max() > 1e-3
+    assert (sit(x_t, t, condition.flip(0)).prediction - out).abs().max() > 1e-3
+
+
+def test_the_hidden_tap_is_what_the_rest_starts_from():
+    sit, (x_t, t, condition) = awake(), inputs()
+    plain, tapped = sit(x_t, t, condition), sit(x_t, t, condition, hidden_at=sit.config.align_depth)
+    assert plain.hidden is None and torch.equal(plain.prediction, tapped.prediction)
+    assert tapped.hidden is not None and tapped.hidden.shape == (3, 16, 32)
+    seen = []
+    sit.blocks[0].register_forward_hook(lambda module, given, out: seen.append(out[:, -16:]))
+    sit(x_t, t, condition)
+    assert torch.equal(tapped.hidden, seen[0])
+
+
+def test_checkpointed_gradients_are_the_same():
+    gradients = []
+    for activation_checkpointing in (False, True):
+        sit = awake(activation_checkpointing=activation_checkpointing)
+        sit(*inputs()).prediction.square().sum().backward()
+        gradients.append([parameter.grad for parameter in sit.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_written_out_attention_equals_the_fused_kernel(monkeypatch):
+    q, k, v = torch.randn(3, 2, 4, 9, 8)
+    mask = torch.rand(2, 1, 1, 9) > 0.3
+    mask[..., 0] = True
+    written = attention.attend(q, k, v, mask)
+    monkeypatch.setattr(attention, "_SHORT", 0)
+    torch.testing.assert_close(written, attention.attend(q, k, v, mask), atol=1e-6, rtol=1e-5)
+
+
+def test_runs_in_bfloat16_and_predicts_float32():
+    sit = awake()
+    full = sit(*inputs()).prediction
+    with torch.autocast("cpu", torch.bfloat16):
+        half = sit(*inputs()).prediction
+    whole = awake().bfloat16()(*inputs()).prediction
+    assert half.dtype == whole.dtype == torch.float32
+    assert (half - full).abs().max() < 0.05 * full.abs().max()
+    assert (whole - full).abs().max() < 0.1 * full.abs().max()
+
+
+def test_patches_return_to_their_places():
+    x = torch.randn(2, 4, 8, 6)
+    assert patchify(x, 2).shape == (2, 12, 16)
+    assert torch.equal(unpatchify(patchify(x, 2), 2, x.shape), x)
+    assert torch.equal(patchify(x, 2)[0, 1].reshape(4, 2, 2), x[0, :, 0:2, 2:4])
+
+
+def test_positions_are_distinct_and_nearer_places_more_alike():
+    position = sincos_2d(32, 8)
+    likeness = (position @ position.T)[0].reshape(8, 8)
+    assert likeness[0, 0] > likeness[0, 1] > likeness[0, 2] and likeness[0, 1] == likeness[1, 0]
+    assert len({tuple(row) for row in position.tolist()}) == 64
+
+
+def test_block_has_the_published_size():
+    """adaLN-Zero blocks of DiT-XL: 18 D^2 + 15 D with biases; ours add two qk norms of D / heads."""
+    with torch.device("meta"):
+        sit = SiT(SiTConfig(4, 32, 2, width=1152, depth=1, heads=16, shared_modulation=False, align_depth=1))
+    count = sum(parameter.numel() for parameter in sit.blocks.parameters())
+    assert count == 18 * 1152**2 + 15 * 1152 + 2 * 72
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [({"patch": 3}, "patch"), ({"heads": 5}, "heads"), ({"align_depth": 9}, "align_depth")],
+)
+def test_impossible_shapes_are_refused(change, name):
+    with pytest.raises(ValueError, match=f"sit.{name}"):
+        SiT(tiny.sit_config(**change))

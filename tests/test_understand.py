@@ -1,0 +1,299 @@
+import itertools
+import json
+import os
+import stat
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from configs import understand
+from data.loader import Data, World
+from data.shards import Shards as Tars
+from data.world.conversations import Shares, conversation
+from model.assets import fingerprint
+from model.embedded import EmbeddedConfig, make, save
+from model.files import dump_config, parse_config
+from model.mllm import MLLMConfig, load, load_builder
+from model.prefix import IGNORED, Turn
+from sample.measures import read_json
+from sample.world_answers import exams, understanding
+from train.config import Run
+from train.loss import cross_entropy
+from train.ranks import Ranks
+from train.run import main
+from train.understand import GroupCollate, Speaker, Talk, UnderstandTask, choose_trainable, training_text
+
+SMALL = EmbeddedConfig(
+    vocabulary=400,
+    width=32,
+    mlp_width=48,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    vision_width=32,
+    vision_mlp_width=48,
+    vision_layers=2,
+    vision_heads=2,
+)
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A fresh model whose every weight matters."""
+    folder = tmp_path_factory.mktemp("understand") / "fresh"
+    make(folder, SMALL, training_text(60))
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
+def model_of(folder, dtype=torch.float32):
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+
+
+def talks(count, **shares):
+    return [conversation(3, index, shares=Shares(**shares)) for index in range(count)]
+
+
+def run_of(name, folder, out, **changes) -> Run:
+    """A shipped run with a small model."""
+    run = getattr(understand, name)()
+    task = replace(run.task, fresh=SMALL, init=folder, text_conversations=60, exam_pictures=0, **changes.pop("task", {}))
+    schedule = replace(run.schedule, steps=3, batch_size=8, log_every=1, save_every=2)
+    return replace(run, out=out, task=task, schedule=schedule, **changes)
+
+
+def task_of(run: Run, ranks: Ranks = ALONE) -> UnderstandTask:
+    from train.ranks import start
+
+    start(60)
+    task = run.task.build(run, ranks)
+    assert isinstance(task, UnderstandTask)
+    return task
+
+
+def parameters(folder):
+    return {name: p.float() for name, p in model_of(folder, torch.bfloat16).named_parameters()}
+
+
+def test_the_embedded_model_has_the_shipped_sizes(tmp_path):
+    make(tmp_path / "a", EmbeddedConfig(vocabulary=600), training_text(60))
+    mllm = load(MLLMConfig(str(tmp_path / "a"), dtype="float32"))
+    assert sum(p.numel() for p in mllm.model.parameters()) == 5_249_728 - (1536 - 600) * 192
+    prefix = mllm.builder([talks(1, read=0.0)[0]])
+    assert (prefix.ids == mllm.builder.image_id).sum() == 16
+    assert mllm.logits(prefix).shape == (1, prefix.ids.shape[1], 600)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "a").iterdir()} == {0o666 & ~umask}
+
+
+def test_the_same_config_makes_the_same_model_and_leaves_the_random_stream_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    for name in ("a", "b"):
+        make(tmp_path / name, SMALL, training_text(60))
+    assert torch.equal(torch.rand(1), expected)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize(
+    "changes", [{"width": 200, "heads": 6}, {"vision_heads": 5}, {"kv_heads": 4}, {"image_size": 60}], ids=str
+)
+def test_sizes_that_cannot_work_are_refused(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        EmbeddedConfig(**changes)
+
+
+def test_loss_and_gradients_are_those_of_transformers(folder):
+    builder = load_builder(MLLMConfig(str(folder)))
+    prefix, targets = builder.with_targets(talks(6, read=0.4))
+    assert not prefix.mask.all()
+    said = targets != IGNORED
+    ours, theirs = model_of(folder), model_of(folder)
+    logits = Speaker(ours)(prefix, said)
+    loss = torch.nn.functional.cross_entropy(logits, targets[said])
+    reference = theirs(
+        input_ids=prefix.ids,
+        attention_mask=prefix.mask.long(),
+        pixel_values=prefix.pixels,
+        image_grid_thw=prefix.grids,
+        mm_token_type_ids=(prefix.ids == builder.image_id).int(),
+        labels=targets,
+    )
+    torch.testing.assert_close(logits, reference.logits[:, :-1][said[:, 1:]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, reference.loss)
+    torch.testing.assert_close(loss, cross_entropy(reference.logits, targets))
+    loss.backward()
+    reference.loss.backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_texts_alone_reach_every_parameter_and_change_no_prediction(folder):
+    prefix, targets = load_builder(MLLMConfig(str(folder))).with_targets(talks(3, read=1.0))
+    said = targets != IGNORED
+    model = model_of(folder)
+    logits = Speaker(model)(prefix, said)
+    plain = model(input_ids=prefix.ids, attention_mask=prefix.mask, position_ids=prefix.positions).logits
+    torch.testing.assert_close(logits, plain[:, :-1][said[:, 1:]])
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not any(p.grad.any() for p in model.model.visual.parameters())
+
+
+def test_rounding_the_model_leaves_its_rotary_frequencies(folder):
+    speaker = Speaker(model_of(folder)).bfloat16()
+    loaded = dict(Speaker(model_of(folder, torch.bfloat16)).named_buffers())
+    assert loaded
+    for name, buffer in speaker.named_buffers():
+        assert buffer.dtype == torch.float32
+        assert torch.equal(buffer, loaded[name]), name
+    assert {p.dtype for p in speaker.parameters()} == {torch.bfloat16}
+
+
+def test_names_are_those_of_the_files(folder):
+    model = model_of(folder)
+    assert {name for name, _ in Speaker(model).named_parameters()} == {name for name, _ in model.named_parameters()}
+    choose_trainable(model, ("model.visual.merger.*",))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith("model.visual.merger.")}
+    with pytest.raises(ValueError, match=r"'visual\.\*' matches no parameter"):
+        choose_trainable(model, ("visual.*",))
+
+
+@pytest.mark.parametrize("shares", [None, Shares(0.2, 0.2)], ids=["loader", "talk"])
+def test_groups_hold_each_sample_once_and_go_on_from_any_step(folder, tmp_path, shares):
+    run = run_of("instruct", folder, tmp_path, task={"shares": shares})
+    task = task_of(run)
+    straight = list(itertools.islice(task.batches(0), 8))
+    for group in (straight[:4], straight[4:]):
+        numbers = sorted(torch.cat([batch.index for batch in group]).tolist())
+        assert numbers == list(range(numbers[0], numbers[0] + 32))
+    for step in (1, 4, 6):
+        batch = next(task.batches(8 * step))
+        assert torch.equal(batch.index, straight[step].index)
+        assert torch.equal(batch.targets, straight[step].targets)
+        assert torch.equal(batch.prefix.ids, straight[step].prefix.ids)
+    padded = sum(int((~batch.prefix.mask).sum()) for batch in straight)
+    unsorted = task_of(replace(run, task=replace(run.task, group=1)))
+    assert padded < 0.7 * sum(int((~batch.prefix.mask).sum()) for batch in itertools.islice(unsorted.batches(0), 8))
+
+
+def test_ranks_share_a_group(folder, tmp_path):
+    run = run_of("align", folder, tmp_path)
+    collate = task_of(run).groups._collate
+    rows = [range(rank, 32, 2) for rank in range(2)]
+    both = [next(iter(Talk(World(), Shares(1, 0), collate, own, run.data))) for own in rows]
+    assert sorted(torch.cat([batch.index for group in both for batch in group]).tolist()) == list(range(32))
+
+
+def test_long_conversations_are_cut(folder):
+    from data.batch import ChatCollate
+    from data.records import Conversation
+
+    collate = GroupCollate(ChatCollate(load_builder(MLLMConfig(str(folder)))), 1, 2, 0)
+    turns = [Turn("system", "draw"), *(Turn(role, "red") for role in ("user", "assistant") * 4)]
+    [batch] = collate([Conversation("a", tuple(turns))], [0])
+    end = collate.chat.builder.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (batch.targets == end).sum() == 2
+    assert (batch.prefix.ids == end).sum() == 5
+
+
+def test_the_stages_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sizes = {key: value for key, value in dump_config(SMALL).items() if value != getattr(EmbeddedConfig(), key)}
+    tiny = [word for key, value in sizes.items() for word in (f"--task.fresh.{key.replace('_', '-')}", str(value))]
+    few = "--schedule.steps 2 --schedule.batch-size 4 --schedule.log-every 1 --ema.halflife-images 0".split()
+    main(["understand.language", *tiny, *few, "--task.text-conversations", "60"])
+    main(["understand.align", *few, "--task.exam-pictures", "0"])
+    main(["understand.instruct", *few, "--task.exam-pictures", "2"])
+    fresh, language, align, instruct = (
+        parameters(f"runs/{name}") for name in ("language/fresh", "language/release", "align/release", "instruct/release")
+    )
+    for before, after, moves in ((fresh, language, "model.language_model."), (language, align, "model.visual.")):
+        for name in before:
+            assert torch.equal(before[name], after[name]) == (not name.startswith(moves)), name
+    assert not any(torch.equal(align[name], instruct[name]) for name in align if name.endswith("proj.weight"))
+
+    released = load(MLLMConfig("runs/instruct/release"))
+    assert {p.dtype for p in released.model.parameters()} == {torch.bfloat16}
+    measures = understanding(released, exams(0, "val", 2))
+    assert read_json(tmp_path / "runs/instruct/previews/step-00000002.json") == measures
+    lines = [json.loads(line) for line in (tmp_path / "runs/instruct/metrics.jsonl").read_text().splitlines()]
+    [line] = [line for line in lines if line.get("event") == "understanding"]
+    assert {"understanding.colour", "understanding.blank.colour"} <= line.keys()
+    capsys.readouterr()
+
+
+def test_a_release_says_what_the_trained_model_says(folder, tmp_path):
+    task = task_of(run_of("instruct", folder, tmp_path, ema=replace(understand.language().ema, halflife_images=0)))
+    batches = task.batches(0)
+    for _ in range(2):
+        scalars = task.step(next(batches))
+    assert 0 < float(scalars["loss"]) < 20
+    task.release(tmp_path / "release")
+    batch = next(batches)
+    said = batch.targets != IGNORED
+    with torch.no_grad():
+        trained = task.engine(batch.prefix, said)
+        released = Speaker(model_of(tmp_path / "release", torch.bfloat16))(batch.prefix, said)
+    assert torch.equal(trained, released)
+
+
+def test_saving_takes_everything_but_the_weights_along(folder, tmp_path):
+    save(tmp_path / "release", model_of(folder), folder)
+    assert {file.name for file in (tmp_path / "release").iterdir()} == {file.name for file in folder.iterdir()}
+    for name in ("tokenizer.model", "tokenizer_config.json", "preprocessor_config.json"):
+        assert (tmp_path / "release" / name).read_bytes() == (folder / name).read_bytes()
+    config = json.loads((tmp_path / "release" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert "eager" not in json.dumps(config)
+
+
+@pytest.mark.parametrize("name", ["language", "align", "instruct"])
+def test_shipped_runs_survive_json(name, tmp_path):
+    run = getattr(understand, name)()
+    assert parse_config(Run, json.loads(json.dumps(dump_config(run))), tmp_path) == run
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(data=Data(task="t2i")), "data.task is t2i"),
+        (dict(data=Data(sources=(World(), World(1)), task="chat")), "task.shares need the generated world"),
+        (dict(data=Data(sources=(Tars("x.tar"),), task="chat")), "task.shares need the generated world"),
+        (dict(task={"trainable": ("visual",)}), "matches no parameter"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        task_of(run_of("align", folder, tmp_path, **changes))
+
+
+def test_a_missing_stage_is_named(tmp_path):
+    with pytest.raises(ValueError, match="run the stage before it"):
+        task_of(run_of("align", tmp_path / "absent", tmp_path))
+
+
+def test_a_fresh_model_is_made_once(folder, tmp_path):
+    run = run_of("language", None, tmp_path / "out")
+    task_of(run)
+    made = load(MLLMConfig(str(tmp_path / "out" / "fresh"))).fingerprint()
+    (tmp_path / "out" / "fresh" / "mark").touch()
+    task_of(run)
+    assert (tmp_path / "out" / "fresh" / "mark").exists()
+    task_of(replace(run, task=replace(run.task, fresh=replace(SMALL, seed=1))))
+    assert not (tmp_path / "out" / "fresh" / "mark").exists()
+    assert load(MLLMConfig(str(tmp_path / "out" / "fresh"))).fingerprint() != made
+    assert fingerprint({}) != made

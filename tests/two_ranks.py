@@ -1,0 +1,118 @@
+"""Every case that needs two ranks, in one torchrun launch; `results` starts it once for all test files.
+
+As `-m tests.two_ranks OUT` it is what each rank runs, and leaves OUT/rank0.json and OUT/rank1.json.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tests import tiny
+from tests.toy import BATCH, CLIP_NORM, STEPS, Toy, advance, digest, rows
+from train import checkpoint, run
+from train.engine import KINDS, EngineConfig
+from train.ranks import Ranks, start
+
+ROOT = Path(__file__).parent.parent
+SAVED_AT = 3
+CASES: list[tuple[Literal[0, 1, 2, 3], Literal["fp32", "autocast", "bf16"]]] = [
+    (0, "fp32"),
+    (1, "fp32"),
+    (2, "fp32"),
+    (3, "fp32"),
+    (1, "autocast"),
+    (2, "bf16"),
+    (3, "autocast"),
+]
+ZERO_STAGES = (0, 1, 2, 3)
+
+
+@functools.cache
+def results() -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The folder of the launch, what rank 0 saw and what rank 1 saw."""
+    out = Path(tempfile.mkdtemp(prefix="two-ranks-"))
+    tiny.metaquery_config(out)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.two_ranks", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    return out, first, second
+
+
+def tiny_run(parts: Path, out: Path, *overrides: str) -> list[str]:
+    """Arguments of train.run: the shipped tiny run on the tiny MLLM and VAE below `parts`."""
+    return [
+        "metaquery.tiny",
+        *("--task.model.mllm.path", str(parts / "mllm"), "--task.model.vae.path", str(parts / "vae")),
+        *("--data.image-size", "16", "--out", str(out), *overrides),
+    ]
+
+
+def losses(out: Path) -> list[float]:
+    """The losses in a run's metrics, step by step."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def case(ranks: Ranks, out: Path, zero: Literal[0, 1, 2, 3], precision: Literal["fp32", "autocast", "bf16"]) -> dict[str, Any]:
+    """Straight run with a save and a look at the averages in the middle; resumed; moved; and with a NaN on rank 1."""
+    config = EngineConfig(zero=zero, precision=precision, clip_norm=CLIP_NORM)
+    task = Toy(ranks, config, accumulation=2)
+    steps = advance(task, 0, SAVED_AT)
+    path = checkpoint.save(out / f"{zero}-{precision}", SAVED_AT, SAVED_AT * BATCH, task.engines, {}, 1, ranks)
+    with task.engine.averaged() as module:
+        averages = {name: p.detach().float().tolist() for name, p in module.named_parameters() if p.requires_grad}
+        calls = module.calls.clone()
+        answer = module(rows(range(4))[0]).float().tolist()
+        module.calls.copy_(calls)
+    steps += advance(task, SAVED_AT, STEPS)
+
+    resumed = Toy(ranks, config, accumulation=2)
+    checkpoint.load(path, resumed.engines, ranks)
+    advance(resumed, SAVED_AT, STEPS)
+
+    next_stage: dict[int, Literal[0, 1, 2, 3]] = {0: 1, 1: 2, 2: 3, 3: 0}
+    moved = Toy(ranks, EngineConfig(zero=next_stage[zero], precision="fp32", clip_norm=CLIP_NORM))
+    checkpoint.load(path, moved.engines, ranks)
+
+    poisoned = Toy(ranks, config, poison=frozenset({2 * BATCH + 1}))  # an odd number: rank 1 alone sees it
+    advance(poisoned, 0, 2)
+    before = [tensor.tolist() for kind in KINDS for _, tensor in poisoned.engine.tensors(kind)]
+    refused = advance(poisoned, 2, 3)[0]
+    after = [tensor.tolist() for kind in KINDS for _, tensor in poisoned.engine.tensors(kind)]
+    return {
+        "losses": [step.loss for step in steps],
+        "grad_norms": [step.grad_norm for step in steps],
+        "straight": digest(task.engine),
+        "resumed": digest(resumed.engine),
+        "moved_losses": [step.loss for step in advance(moved, SAVED_AT, STEPS)],
+        "averages": averages,
+        "answer": answer,
+        "objection": refused.objection,
+        "refused": poisoned.engine.guard.refused,
+        "unchanged": before == after,
+        "goes_on": advance(poisoned, 3, 4)[0].objection is None,
+    }
+
+
+def main(out: Path) -> None:
+    """What one rank does."""
+    torch.set_num_threads(1)
+    ranks = start(timeout_seconds=60)
+    seen = {f"{zero}-{precision}": case(ranks, out, zero, precision) for zero, precision in CASES}
+    for zero in ZERO_STAGES:
+        run.main(tiny_run(out, out / f"tiny-{zero}", "--engine.zero", str(zero)))
+    (out / f"rank{ranks.rank}.json").write_text(json.dumps(seen))
+    ranks.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

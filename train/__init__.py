@@ -1,0 +1,1 @@
+"""Turns batches into a trained model: one loop over a Task, distributed by an engine, resumable at any step."""

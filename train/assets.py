@@ -1,0 +1,112 @@
+"""Rebuilds what ships with the code: the embedded MLLM, VAE, SiT and bridge, each from the ones before it.
+
+    python -m train.assets            # all of them; goes on where it was stopped
+    python -m train.assets bridge     # one of them, on top of those that are there
+
+Every stage is an ordinary run under runs/assets/. Its release replaces the folder in assets/world/, and
+assets/world/README.md records command, seed, steps, wall time and last metrics, read from the run's own files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.assets import ROOT
+from model.files import publish, read_json
+from sample.cli import run
+from sample.files import write_whole
+
+ASSETS, RUNS = ROOT / "assets" / "world", ROOT / "runs" / "assets"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run, and the folder of assets/world that its release becomes (None: only the next stage reads it)."""
+
+    name: str
+    run: str
+    becomes: str | None
+
+
+STAGES = (
+    Stage("language", "understand.language", None),
+    Stage("align", "understand.align", None),
+    Stage("mllm", "understand.instruct", "mllm"),
+    Stage("vae", "world.vae", "vae"),
+    Stage("sit", "world.decoder", "sit"),
+    Stage("bridge", "metaquery.world", "release"),
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the named stages, or all."""
+    wanted = sys.argv[1:] if argv is None else argv
+    if wanted and wanted[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    known = [stage.name for stage in STAGES]
+    for word in wanted:
+        if word not in known:
+            raise ValueError(f"stage {word!r} is unknown; choose from {', '.join(known)}")
+    for stage in STAGES:
+        if not wanted or stage.name in wanted:
+            make(stage)
+    write_whole(ASSETS / "README.md", lambda path: path.write_text(report()) and None)
+
+
+def make(stage: Stage) -> None:
+    """Runs one stage to its end and puts its release in place."""
+    folder = RUNS / stage.name
+    command = [sys.executable, "-m", "train.run", stage.run, "--out", str(folder.relative_to(ROOT))]
+    print(f"{stage.name}: {' '.join(command[1:])}", flush=True)
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        raise ValueError(f"stage {stage.name} did not finish; see {folder}/metrics.jsonl, then run the same command again")
+    if stage.becomes:
+        with publish(ASSETS / stage.becomes) as draft:
+            shutil.copytree(folder / "release", draft, dirs_exist_ok=True)
+        for kept in ("run.json", "metrics.jsonl"):
+            target = ASSETS / "logs" / f"{stage.name}.{kept}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / kept, target)
+
+
+def report() -> str:
+    """The README of assets/world, from the logs kept beside the assets."""
+    lines = [
+        "# Shipped weights of the generated world",
+        "",
+        "Written by `python -m train.assets` (`make assets`) from the files in `logs/`; nothing here is typed by hand.",
+        "",
+        "| stage | command | seed | steps | samples | wall time | last metrics |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for stage in STAGES:
+        log = ASSETS / "logs" / f"{stage.name}.metrics.jsonl"
+        if log.is_file():
+            lines.append(_row(stage, log))
+    return "\n".join(lines) + "\n"
+
+
+def _row(stage: Stage, log: Path) -> str:
+    settings = read_json(log.with_name(f"{stage.name}.run.json"))
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    logged = [record for record in records if "step_seconds" in record]
+    seconds, before = 0.0, 0
+    for record in logged:
+        seconds += record["step_seconds"] * (record["step"] - before)
+        before = record["step"]
+    skipped = ("step", "samples", "lr", "images_per_second", "step_seconds", "data_seconds", "refused", "time")
+    last = ", ".join(f"{k} {v:.4g}" for k, v in logged[-1].items() if k not in skipped and isinstance(v, int | float))
+    return (
+        f"| {stage.name} | `python -m train.run {stage.run}` | {settings['seed']} | {logged[-1]['step']} | "
+        f"{logged[-1]['samples']} | {seconds / 60:.0f} min | {last} |"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

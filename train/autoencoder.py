@@ -1,0 +1,143 @@
+"""Pictures -> a VAE: one step of reconstruction, before any diffusion model is there. No GAN, no perceptual loss.
+
+Letters: B batch, H W pixels, c h w latent channels, height, width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor, nn
+
+from data.batch import LabelledBatch, LabelledCollate
+from data.loader import Loader
+from data.transforms import to_pil
+from model.files import publish
+from model.noise import noise
+from sample.grid import Cell, Row, table
+from sample.files import write_whole
+from train.engine import Engine, micro_batch_size
+from train.loss import gaussian_kl
+from train.ranks import Ranks
+from train.task import Task, engine_for
+
+if TYPE_CHECKING:
+    from train.config import Run
+
+
+@dataclass(frozen=True)
+class AutoencoderTaskConfig:
+    """The shape of the VAE: each entry of `channels` after the first halves the picture."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    latent_channels: int = 4
+    layers_per_block: int = 2
+    groups: int = 32
+    """Channels are normalised in this many groups."""
+    attention: bool = True
+    """Self-attention in the middle block."""
+    kl_weight: float = 1e-6
+    """Weight of the KL divergence per latent value, against the mean absolute error per pixel value."""
+
+    def build(self, run: Run, ranks: Ranks) -> AutoencoderTask:
+        """A fresh VAE in an engine."""
+        if run.data.task != "labelled":
+            raise ValueError(f"data.task is {run.data.task}; an autoencoder learns from labelled pictures")
+        module = Codec(self)
+        size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
+        loader = Loader(run.data, LabelledCollate(run.data.image_size), size, ranks.rank, ranks.world, run.seed)
+        return AutoencoderTask(module, engine_for(module, run, ranks), loader, self.kl_weight, run.seed, ranks)
+
+
+class Codec(nn.Module):
+    """diffusers' AutoencoderKL with both halves in one forward, as an engine needs it."""
+
+    def __init__(self, config: AutoencoderTaskConfig):
+        super().__init__()
+        levels = len(config.channels)
+        self.autoencoder = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=config.channels,
+            layers_per_block=config.layers_per_block,
+            latent_channels=config.latent_channels,
+            norm_num_groups=config.groups,
+            mid_block_add_attention=config.attention,
+        )
+        self.factor = 2 ** (levels - 1)  # H / h
+
+    def forward(self, pixels: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels [B, 3, H, W] in [-1, 1], eps [B, c, h, w] -> their reconstruction, the posterior's mean and log variance."""
+        posterior = self.autoencoder.encode(pixels).latent_dist
+        latents = posterior.mean + posterior.std * eps.to(posterior.mean.dtype)
+        return self.autoencoder.decode(latents).sample, posterior.mean, posterior.logvar
+
+
+class AutoencoderTask(Task):
+    """Trains encoder and decoder; the release carries the mean and deviation of each latent channel."""
+
+    def __init__(self, module: Codec, engine: Engine, loader: Loader, kl_weight: float, seed: int, ranks: Ranks) -> None:
+        self.module, self.engine, self.loader = module, engine, loader
+        self.kl_weight, self.seed, self.ranks = kl_weight, seed, ranks
+        self.engines = {"main": engine}
+
+    def batches(self, samples: int) -> Iterator[LabelledBatch]:
+        """This rank's share, on the CPU."""
+        self.loader.samples = samples
+        return iter(self.loader)
+
+    def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
+        """Mean absolute error of the reconstruction, and `kl_weight` times the posterior's KL divergence."""
+        eps = noise(batch.index, self.seed, self._latent_shape(batch.pixels)).to(self.ranks.device)
+        batch = batch.to(self.ranks.device)
+        rebuilt, mean, logvar = self.engine(batch.pixels, eps)
+        error = (rebuilt.float() - batch.pixels).abs().mean()
+        kl = gaussian_kl(mean.float(), logvar.float()).mean()
+        self.engine.backward(error + self.kl_weight * kl)
+        self.engine.step()
+        return {"l1": error.detach(), "kl": kl.detach()}
+
+    def preview(self, folder: Path, step: int) -> None:
+        """Eight pictures beside their reconstructions: previews/step-00000500.png."""
+        with self.engine.averaged():
+            if self.ranks.first:
+                pixels = next(self.batches(0)).pixels[:8].to(self.ranks.device)
+                rebuilt = self.module.autoencoder(pixels.to(self.module.autoencoder.dtype)).sample
+                compare(pixels, rebuilt.float(), ("picture", "rebuilt"), folder / f"step-{step:08d}.png")
+
+    def release(self, folder: Path) -> None:
+        """A folder that `AutoencoderKL.from_pretrained` loads, with `latents_mean` and `latents_std` over 2,048 pictures."""
+        with self.engine.averaged():
+            if not self.ranks.first:
+                return
+            autoencoder = self.module.autoencoder
+            latents = []
+            for batch in self.batches(0):
+                pixels = batch.pixels.to(self.ranks.device, autoencoder.dtype)
+                latents.append(autoencoder.encode(pixels).latent_dist.mean.float())  # [B, c, h, w]
+                if sum(len(part) for part in latents) >= 2048:
+                    break
+            values = torch.cat(latents)
+            autoencoder.register_to_config(
+                latents_mean=values.mean(dim=(0, 2, 3)).tolist(), latents_std=values.std(dim=(0, 2, 3)).tolist()
+            )
+            with publish(folder) as draft:
+                autoencoder.save_pretrained(draft)
+
+    def _latent_shape(self, pixels: Tensor) -> tuple[int, int, int]:
+        height, width = pixels.shape[-2:]
+        channels = self.module.autoencoder.config.latent_channels
+        return channels, height // self.module.factor, width // self.module.factor
+
+
+def compare(left: Tensor, right: Tensor, headings: tuple[str, str], path: Path) -> None:
+    """Two batches of pictures [B, 3, H, W] in [-1, 1] side by side, as one PNG."""
+    pairs = zip(left.clamp(-1, 1).cpu(), right.clamp(-1, 1).cpu(), strict=True)
+    rows = [Row("", (Cell(to_pil(a)), Cell(to_pil(b)))) for a, b in pairs]
+    picture = table(headings, rows, caption_pixels=0)
+    write_whole(path, lambda part: picture.save(part, "PNG"))

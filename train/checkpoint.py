@@ -1,0 +1,242 @@
+"""The state of a run <-> a folder from which the run goes on bit for bit: all of it, or (after a crash) none.
+
+    <out>/checkpoints/step-00000500/
+        main.weights.safetensors       float32 master weights by parameter name      one file per engine and kind:
+        main.exp_avg.safetensors       AdamW's first moments                         memory on rank 0 stays at 4 bytes
+        main.exp_avg_sq.safetensors    AdamW's second moments                        per trained parameter
+        main.average.safetensors       the moving average
+        main.buffers.safetensors       buffers of the module, if it has any
+        manifest.json                  step, samples, counters, resolved config, sha256 of each file
+
+Nothing in it depends on the number of ranks or the ZeRO stage. The folder must be visible to all ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from train.engine import KINDS, Engine
+from train.ranks import Ranks
+
+FORMAT = 1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says about itself."""
+
+    format: int
+    step: int
+    samples: int  # global samples consumed; the position of the data
+    world: int
+    zero: int
+    counters: dict[str, dict[str, Any]]  # by engine name
+    config: dict[str, Any]
+    sha256: dict[str, str]  # by file name
+
+
+def save(
+    root: Path, step: int, samples: int, engines: Mapping[str, Engine], config: dict[str, Any], keep: int, ranks: Ranks
+) -> Path:
+    """Write `root/step-<step>` whole, then drop all but the newest `keep`. Every rank calls it.
+
+    Raises OSError on every rank when rank 0 cannot write.
+    """
+    final, partial = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
+    _on_first(ranks, lambda: _empty(partial))
+    sha256: dict[str, str] = {}
+    for name, engine in engines.items():
+        for kind in KINDS:
+            tensors = {key: tensor for key, tensor in engine.tensors(kind) if ranks.first}
+            sha256 |= _on_first(ranks, lambda n=name, k=kind, t=tensors: _write(partial / f"{n}.{k}.safetensors", t))
+        buffers = {key: tensor.cpu() for key, tensor in engine.buffers().items()}
+        if buffers:
+            sha256 |= _on_first(ranks, lambda n=name, b=buffers: _write(partial / f"{n}.buffers.safetensors", b))
+    manifest = Manifest(
+        FORMAT,
+        step,
+        samples,
+        world=ranks.world,
+        zero=max(engine.config.zero for engine in engines.values()),
+        counters={name: engine.counters() for name, engine in engines.items()},
+        config=config,
+        sha256=sha256,
+    )
+
+    def publish() -> None:
+        _write_text(partial / "manifest.json", json.dumps(asdict(manifest), indent=2))
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _sync(root)
+        for old in _steps(root)[:-keep]:
+            shutil.rmtree(old)
+
+    _on_first(ranks, publish)
+    return final
+
+
+def find(root: Path, resume: str, ranks: Ranks, warn: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint to go on from, the same on every rank; None for a fresh run.
+
+    `resume`: auto (the newest valid one, if any), must (likewise, but there has to be one), never (there must be
+    none), or the path of a checkpoint. Raises ValueError when that cannot be met.
+    """
+    return _on_first(ranks, lambda: _find(root, resume, warn))
+
+
+def _find(root: Path, resume: str, warn: Callable[[str], None]) -> Path | None:
+    if resume not in ("auto", "must", "never"):
+        verify(Path(resume))
+        return Path(resume)
+    steps = _steps(root)
+    if resume == "never":
+        if steps:
+            raise ValueError(f"resume is never, but {root} holds {steps[-1].name}; choose another out or resume auto")
+        return None
+    for path in reversed(steps):
+        try:
+            verify(path)
+        except ValueError as error:
+            warn(f"{error}; trying the one before it")
+        else:
+            return path
+    if resume == "must":
+        raise ValueError(f"resume is must, but {root} holds no valid checkpoint; start with resume auto")
+    if steps:
+        raise ValueError(f"no checkpoint in {root} is valid; remove the folder to start afresh")
+    return None
+
+
+def verify(path: Path) -> Manifest:
+    """Read the manifest and compare every file with its hash. Raises ValueError naming the file that is wrong."""
+    try:
+        content = json.loads((path / "manifest.json").read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is not a checkpoint: it has no manifest.json") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path / 'manifest.json'} is damaged") from error
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {content.get('format')}; this program reads {FORMAT}")
+    manifest = Manifest(**content)
+    for name, expected in manifest.sha256.items():
+        file = path / name
+        if not file.is_file() or _sha256(file) != expected:
+            raise ValueError(f"{file} is {'damaged' if file.is_file() else 'missing'}")
+    return manifest
+
+
+def load(path: Path, engines: Mapping[str, Engine], ranks: Ranks) -> Manifest:
+    """Fill the engines from a checkpoint that `find` returned. Every rank calls it.
+
+    Raises ValueError when the checkpoint is of other modules.
+    """
+    manifest = Manifest(**json.loads((path / "manifest.json").read_text()))
+    if set(manifest.counters) != set(engines):
+        raise ValueError(f"{path} trains {sorted(manifest.counters)}, this run trains {sorted(engines)}; choose another out")
+    for name, engine in engines.items():
+        with ExitStack() as stack:
+            try:
+                files = {
+                    kind: stack.enter_context(safe_open(path / f"{name}.{kind}.safetensors", framework="pt"))
+                    for kind in KINDS
+                }
+            except (SafetensorError, FileNotFoundError) as error:
+                raise ValueError(f"{path}: {error}") from error
+            _compare(path, name, engine.shapes(), files["weights"])
+            engine.load(lambda kind, key, files=files: files[kind].get_tensor(key), manifest.counters[name])
+        if f"{name}.buffers.safetensors" in manifest.sha256:
+            with safe_open(path / f"{name}.buffers.safetensors", framework="pt") as file:
+                for key, buffer in engine.buffers().items():
+                    buffer.copy_(file.get_tensor(key))
+    ranks.barrier()
+    return manifest
+
+
+def differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """Where two JSON values differ, one line each: "schedule.steps: 100 -> 200"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{at}.{key}".lstrip("."))]
+    return [] if old == new else [f"{at}: {old} -> {new}"]
+
+
+def _compare(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]], file: Any) -> None:
+    """The checkpoint must hold exactly the parameters that this run trains."""
+    held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    if held == shapes:
+        return
+    key = min(key for key in held.keys() | shapes.keys() if held.get(key) != shapes.get(key))
+    raise ValueError(
+        f"{path}: {name}.{key} is {held.get(key, 'absent')} there and {shapes.get(key, 'not trained')} in this run; "
+        "resume with the config that wrote it, or choose another out"
+    )
+
+
+def _on_first(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Rank 0's result of `work` on every rank; what it raises for the user is raised on every rank."""
+    result, error = None, None
+    if ranks.first:
+        try:
+            result = work()
+        except (ValueError, OSError) as caught:
+            error = caught
+    result, error = ranks.share((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+def _steps(root: Path) -> list[Path]:
+    """Checkpoints under `root`, oldest first; a partial folder has another name."""
+    return sorted(root.glob("step-*"))
+
+
+def _empty(folder: Path) -> None:
+    """`folder`, new and empty, and no leftovers of earlier crashes beside it."""
+    for leftover in folder.parent.glob(".step-*.partial"):
+        shutil.rmtree(leftover)
+    folder.mkdir(parents=True)
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Write tensors durably; returns {file name: sha256}."""
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # safetensors writes 0600
+    _sync(path)
+    return {path.name: _sha256(path)}
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,44 @@
+"""One run as a value: task + data + optimizer + engine + schedule, frozen; to and from run.json, strictly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.loader import Data
+from train.autoencoder import AutoencoderTaskConfig
+from train.decoder import DecoderTaskConfig
+from train.ema import EmaConfig
+from train.engine import EngineConfig
+from train.loop import Schedule
+from train.metaquery import MetaQueryTaskConfig
+from train.metrics import MetricsConfig
+from train.optim import OptimConfig
+from train.understand import UnderstandConfig
+
+TaskConfig = MetaQueryTaskConfig | AutoencoderTaskConfig | DecoderTaskConfig | UnderstandConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that decides a training run: two equal Runs give the same weights."""
+
+    name: str
+    task: TaskConfig
+    data: Data = field(default_factory=Data)
+    schedule: Schedule = field(default_factory=Schedule)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    seed: int = 0
+    out: Path | None = None
+    """Where checkpoints, metrics, previews and the release go; None: runs/<name>."""
+    resume: str = "auto"
+    """auto: go on from the newest valid checkpoint in `out`, if any; must: there has to be one; never: there must be
+    none; anything else is the path of a checkpoint."""
+
+    @property
+    def folder(self) -> Path:
+        """`out`, or what stands for it."""
+        return self.out or Path("runs") / self.name

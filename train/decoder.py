@@ -1,0 +1,126 @@
+"""Pictures and labels -> a diffusion decoder that draws, before a language model tells it what: one SiT step.
+
+The labels are replaced later by what a MetaQuery reads; of the labelled run only the SiT is kept. Letters: B batch,
+c h w latent channels, height, width, L label tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.batch import LabelledBatch, LabelledCollate
+from data.loader import Loader
+from data.world.labels import Withhold, encode, labels_config
+from model.decoder import save_sit
+from model.labels import Labels
+from model.noise import FlowConfig, NoiseConfig, build_noising, noise
+from model.sit import SiT, SiTConfig
+from model.vae import LatentVAE, VAEConfig, load_vae
+from sample.solver import solve
+from train.autoencoder import compare
+from train.engine import Engine, micro_batch_size
+from train.loss import squared_error
+from train.ranks import Ranks
+from train.task import Task, engine_for
+
+if TYPE_CHECKING:
+    from train.config import Run
+
+
+@dataclass(frozen=True)
+class DecoderTaskConfig:
+    """A SiT on the latents of a frozen VAE, told scenes of the world."""
+
+    sit: SiTConfig
+    vae: VAEConfig
+    noise: NoiseConfig = field(default_factory=FlowConfig)
+    withhold: Withhold = field(default_factory=Withhold)
+
+    def build(self, run: Run, ranks: Ranks) -> DecoderTask:
+        """Load the VAE, make SiT and labels, hand both to one engine."""
+        if run.data.task != "labelled":
+            raise ValueError(f"data.task is {run.data.task}; a labelled decoder learns from labelled pictures")
+        module = LabelledSiT(self.sit)
+        size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
+        loader = Loader(run.data, LabelledCollate(run.data.image_size), size, ranks.rank, ranks.world, run.seed)
+        vae = load_vae(self.vae).to(ranks.device)
+        return DecoderTask(self, module, vae, engine_for(module, run, ranks), loader, run.seed, ranks)
+
+
+class LabelledSiT(nn.Module):
+    """Labels -> tokens -> SiT, in one forward."""
+
+    def __init__(self, config: SiTConfig):
+        super().__init__()
+        self.labels = Labels(labels_config(config.condition_width))
+        self.sit = SiT(config)
+
+    def forward(self, words: Tensor, places: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """words [B, L, K], places [B, L, 3], x_t [B, c, h, w], t [B] -> prediction [B, c, h, w]."""
+        return self.sit(x_t, t, self.labels(words, places)).prediction
+
+
+class DecoderTask(Task):
+    """Trains SiT and the label embedding; the VAE is only read."""
+
+    def __init__(
+        self, config: DecoderTaskConfig, module: LabelledSiT, vae: LatentVAE, engine: Engine, loader: Loader, seed: int,
+        ranks: Ranks,
+    ) -> None:
+        self.config, self.module, self.vae, self.engine, self.loader = config, module, vae, engine, loader
+        self.seed, self.ranks = seed, ranks
+        self.noising = build_noising(config.noise)
+        self.latent_shape = (config.sit.latent_channels, config.sit.latent_size, config.sit.latent_size)
+        self.engines = {"main": engine}
+
+    def batches(self, samples: int) -> Iterator[LabelledBatch]:
+        """This rank's share, on the CPU."""
+        self.loader.samples = samples
+        return iter(self.loader)
+
+    def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
+        """Mean over the batch of |prediction(x_t, t, labels) - target|^2."""
+        device = self.ranks.device
+        t = self.noising.times(batch.index, self.seed).to(device)  # [B]
+        eps = noise(batch.index, self.seed, self.latent_shape).to(device)  # [B, c, h, w]
+        words, places = self._told(batch, self.config.withhold)
+        x0 = self.vae.encode(batch.pixels.to(device))  # [B, c, h, w]
+        prediction = self.engine(words, places, self.noising.mix(x0, eps, t), t)  # [B, c, h, w]
+        loss = squared_error(prediction, self.noising.target(x0, eps, t)).mean()
+        self.engine.backward(loss)
+        self.engine.step()
+        return {"loss": loss.detach()}
+
+    def preview(self, folder: Path, step: int) -> None:
+        """Eight pictures beside what is drawn from their whole labels: previews/step-00000500.png."""
+        with self.engine.averaged():
+            if not self.ranks.first:
+                return
+            batch = next(self.batches(0))
+            rows = slice(0, 8)
+            words, places = (part[rows] for part in self._told(batch, Withhold(0, 0, 0, 0, 0, 0)))
+            condition = self.module.labels(words, places)  # [8, L, C]
+            start = noise(batch.index[rows], self.seed + 1, self.latent_shape).to(self.ranks.device)
+            drawn = solve(lambda x, t: self.module.sit(x.to(condition.dtype), t, condition).prediction, start, 16, self.noising)
+            compare(batch.pixels[rows], self.vae.decode(drawn), ("picture", "drawn"), folder / f"step-{step:08d}.png")
+
+    def release(self, folder: Path) -> None:
+        """The averaged SiT, as `model.decoder.load_sit` reads it."""
+        with self.engine.averaged():
+            if self.ranks.first:
+                save_sit(folder, self.module.sit)
+
+    def _told(self, batch: LabelledBatch, withhold: Withhold) -> tuple[Tensor, Tensor]:
+        """Words [B, L, K] and places [B, L, 3] of a batch of scenes."""
+        assert not isinstance(batch.labels, Tensor), "the world's labels are scenes"
+        numbers = batch.index.tolist()
+        told = [encode(scene, withhold, self.seed, n) for scene, n in zip(batch.labels, numbers, strict=True)]
+        words, places = (torch.from_numpy(np.stack(part)).to(self.ranks.device) for part in zip(*told, strict=True))
+        return words, places

@@ -1,0 +1,192 @@
+"""A task -> its trained weights: count steps, log, preview, save, resume. Knows no model and no data format."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sample.files import write_whole
+from train import checkpoint
+from train.guard import Diverged
+from train.metrics import Metrics, MetricsConfig, Window
+from train.ranks import Ranks, seed_step
+from train.task import Task
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, in which portions, and how often what is written."""
+
+    steps: int = 1000
+    batch_size: int = 64
+    """Samples per optimizer step, over all ranks and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step: more of them need less memory."""
+    log_every: int = 10
+    save_every: int = 500
+    keep: int = 2
+    """Checkpoints kept; older ones are deleted once a newer one is whole."""
+    preview_every: int = 0
+    """0: only at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"schedule.{name} is {getattr(self, name)}; give 1 or more")
+        if self.preview_every < 0:
+            raise ValueError(f"schedule.preview_every is {self.preview_every}; give 0 (only at the end) or more")
+
+
+def fit(
+    task: Task,
+    schedule: Schedule,
+    *,
+    seed: int,
+    folder: Path,
+    config: dict[str, Any],
+    resume: str,
+    metrics: MetricsConfig,
+    ranks: Ranks,
+) -> bool:
+    """Train to the last step from wherever `folder` stands; every rank calls it.
+
+    `config` is stored in checkpoints. False when a signal stopped the run early, after saving. Raises `Diverged` when
+    too many steps in a row were refused.
+    """
+    step, samples, changed = _resume(task, folder, resume, config, ranks)
+    if ranks.first:
+        write_whole(folder / "run.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n") and None)
+    with Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps) as log, _interruptible() as interrupted:
+        log.console.print(f"{folder}: from step {step} to {schedule.steps}, sample {samples} on, {ranks.world} rank(s)")
+        for line in changed:
+            log.console.print(f"  changed since the checkpoint: {line}")
+        batches = task.batches(samples)
+        clock = _Clock()
+        window = Window()
+        while step < schedule.steps:
+            _step(task, batches, window, clock, schedule.accumulation, seed, step, ranks)
+            _report_refusals(task, log, step, samples, schedule.batch_size)
+            step, samples = step + 1, samples + schedule.batch_size
+            last = step == schedule.steps
+            stop = False
+            if step % schedule.log_every == 0 or last:
+                log.log(step, _line(task, window, clock, samples, schedule.batch_size, ranks))
+                stop = ranks.any(bool(interrupted))  # asked for only here: on a GPU asking waits for the device
+            else:
+                log.advance(step)
+            if step % schedule.save_every == 0 or last or stop:
+                path = checkpoint.save(folder / "checkpoints", step, samples, task.engines, config, schedule.keep, ranks)
+                log.event(step, "saved", path=str(path))
+                clock.restart()
+            if last or (schedule.preview_every and step % schedule.preview_every == 0):
+                task.preview(folder / "previews", step)
+                clock.restart()
+            if stop and not last:
+                log.event(step, "stopped", signal=interrupted[0] if interrupted else "on another rank")
+                return False
+        task.release(folder / "release")
+    return True
+
+
+def _resume(task: Task, folder: Path, resume: str, config: dict[str, Any], ranks: Ranks) -> tuple[int, int, list[str]]:
+    """Load the checkpoint that `resume` means: (step, samples, settings changed since); zeros for a fresh run."""
+    path = checkpoint.find(folder / "checkpoints", resume, ranks)
+    if path is None:
+        return 0, 0, []
+    manifest = checkpoint.load(path, task.engines, ranks)
+    return manifest.step, manifest.samples, checkpoint.differences(manifest.config, config)
+
+
+def _step(
+    task: Task, batches: Iterator[Any], window: Window, clock: _Clock, accumulation: int, seed: int, step: int, ranks: Ranks
+) -> None:
+    """One optimizer step: its micro-batches through the task. The scalars of a refused step are not averaged in."""
+    scalars = []
+    for micro in range(accumulation):
+        with clock.waiting():
+            batch = next(batches)
+        seed_step(seed, step, micro, ranks.rank)
+        scalars.append(task.step(batch))
+    clock.steps += 1
+    if not any(engine.last and engine.last.objection for engine in task.engines.values()):
+        for values in scalars:
+            window.add(values)
+
+
+def _report_refusals(task: Task, log: Metrics, step: int, samples: int, batch_size: int) -> None:
+    """Say which steps were refused; stop when it does not end."""
+    for name, engine in task.engines.items():
+        if engine.last is None or engine.last.objection is None:
+            continue
+        log.event(
+            step + 1, "refused", engine=name, reason=engine.last.objection, samples=f"{samples}-{samples + batch_size - 1}"
+        )
+        if engine.guard.in_a_row >= engine.config.guard.stop_after:
+            raise Diverged(
+                f"{engine.guard.in_a_row} steps in a row were refused up to step {step + 1} ({engine.last.objection}); "
+                "lower optim.lr or look at these samples, then run again to go on from the last checkpoint"
+            )
+
+
+def _line(task: Task, window: Window, clock: _Clock, samples: int, batch_size: int, ranks: Ranks) -> dict[str, float]:
+    """The numbers of one log line; every rank computes them, because the means are collective."""
+    line: dict[str, float] = {"samples": samples, **window.means(ranks)}
+    for name, engine in task.engines.items():
+        prefix = "" if name == "main" else f"{name}."
+        if engine.last is not None:
+            line |= {f"{prefix}grad_norm": engine.last.grad_norm, f"{prefix}lr": engine.last.lr}
+        line[f"{prefix}refused"] = engine.guard.refused
+    return line | clock.read(batch_size)
+
+
+class _Clock:
+    """Wall time per step since the last reading, and how much of it was waiting for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was measured, so that saving and previews do not count as steps."""
+        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def read(self, batch_size: int) -> dict[str, float]:
+        """Seconds per step, images per second; starts anew."""
+        seconds, steps = time.perf_counter() - self.began, self.steps
+        line: dict[str, float] = {}
+        if steps:
+            line["images_per_second"] = batch_size * steps / seconds
+            line["step_seconds"], line["data_seconds"] = seconds / steps, self.waited / steps
+        self.restart()
+        return line
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[str]]:
+    """A list that the first SIGTERM, SIGINT or SIGUSR1 enters by name; a second one acts as usual."""
+    caught: list[str] = []
+    usual: dict[int, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        caught.append(signal.Signals(number).name)
+        signal.signal(number, usual[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        usual[number] = signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

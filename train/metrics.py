@@ -1,0 +1,183 @@
+"""Scalars of steps -> means over a window and over ranks -> metrics.jsonl, a progress bar, and a tracker if asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from train.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Event files in <out>/tensorboard; needs the tensorboard package."""
+    wandb: str | None = None
+    """The project of a Weights & Biases run; needs the wandb package."""
+
+
+@dataclass
+class Window:
+    """Sums of a task's scalars since the last line, on their device: adding never waits for it."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, scalars: Mapping[str, Tensor]) -> None:
+        """Take in the scalars of one micro-batch."""
+        for name, value in scalars.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Means over the window and all ranks; empties the window. Every rank calls it."""
+        names = sorted(self.sums)
+        values: list[float] = []
+        if names:
+            values = (ranks.sum(torch.stack([self.sums[name] for name in names])) / (self.count * ranks.world)).tolist()
+        self.sums, self.count = {}, 0
+        return dict(zip(names, values, strict=True))
+
+
+class Metrics:
+    """The record of a run on rank 0; on the other ranks every call does nothing. A context manager."""
+
+    def __init__(self, folder: Path, config: MetricsConfig, ranks: Ranks, *, first_step: int, steps: int) -> None:
+        self._first = ranks.first
+        self.console = Console(quiet=not ranks.first, highlight=False, soft_wrap=True)
+        self._steps, self._began, self._begun_at = steps, time.monotonic(), first_step
+        self._trackers: list[Any] = []
+        if not self._first:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        _rewind(folder / "metrics.jsonl", first_step)
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._trackers = _trackers(folder, config)
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._row = self._bar.add_task("training", total=steps, completed=first_step, numbers="")
+
+    def __enter__(self) -> Metrics:
+        if self._first:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._first:
+            self._bar.stop()
+            self._file.close()
+            for tracker in self._trackers:
+                tracker.close()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step` steps done."""
+        if self._first:
+            self._bar.update(self._row, completed=step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one line of numbers after `step` steps."""
+        if not self._first:
+            return
+        self._write({"step": step, **values})
+        shown = ", ".join(_shown(name, values[name]) for name in ("loss", "images_per_second") if name in values)
+        self._bar.update(self._row, completed=step, numbers=shown)
+        for tracker in self._trackers:
+            tracker.log(step, values)
+        if not self.console.is_terminal:
+            left = (time.monotonic() - self._began) / max(1, step - self._begun_at) * (self._steps - step)
+            self.console.print(f"step {step}/{self._steps}  {shown}, eta {int(left // 60)}:{int(left % 60):02d}")
+
+    def event(self, step: int, event: str, **facts: Any) -> None:
+        """Write something that happened, and say it."""
+        if self._first:
+            self._write({"step": step, "event": event, **facts})
+            self.console.print(f"step {step}: {event}" + "".join(f", {key} {value}" for key, value in facts.items()))
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(finite) + "\n")
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:.1f} images/s" if name == "images_per_second" else f"{name} {value:.4f}"
+
+
+def _rewind(path: Path, step: int) -> None:
+    """Drop lines written after `step`: the resumed run writes them again, and no step appears twice."""
+    if path.exists():
+        lines = path.read_text().splitlines()
+        path.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step))
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line that a crash cut short belongs to no kept step."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
+
+
+class _TensorBoard:
+    """Scalars into TensorBoard event files."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("metrics.tensorboard needs a package; run: pip install tensorboard") from error
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """Scalars into one Weights & Biases run per folder, continued on resume."""
+
+    def __init__(self, folder: Path, project: str) -> None:
+        try:
+            import wandb  # pyright: ignore[reportMissingImports] (an optional package)
+        except ImportError as error:
+            raise ValueError("metrics.wandb needs a package; run: pip install wandb") from error
+        self._run = wandb.init(project=project, id=folder.name, name=folder.name, resume="allow", dir=str(folder))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _trackers(folder: Path, config: MetricsConfig) -> list[_TensorBoard | _Wandb]:
+    trackers: list[_TensorBoard | _Wandb] = []
+    if config.tensorboard:
+        trackers.append(_TensorBoard(folder))
+    if config.wandb:
+        trackers.append(_Wandb(folder, config.wandb))
+    return trackers

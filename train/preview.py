@@ -1,0 +1,31 @@
+"""A model in the middle of training -> one labelled picture of what it draws for fixed prompts and seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.metaquery import MetaQuery
+from sample.files import write_whole
+from sample.grid import Cell, Row, sheet
+from sample.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """What is drawn each time, so that pictures of different steps compare."""
+
+    prompts: tuple[str, ...] = ()
+    """Empty: no previews."""
+    seed: int = 0
+    """Prompt number i is drawn with seed + i."""
+    steps: int = 20
+    guidance: float = 3.0
+
+
+def draw_preview(model: MetaQuery, config: PreviewConfig, path: Path) -> None:
+    """Write the sheet of all prompts to `path`, a PNG."""
+    seeds = range(config.seed, config.seed + len(config.prompts))
+    pictures = Pipeline(model)(config.prompts, list(seeds), steps=config.steps, guidance=config.guidance)
+    rows = [Row(prompt, (Cell(picture),)) for prompt, picture in zip(config.prompts, pictures, strict=True)]
+    write_whole(path, lambda part: sheet(rows).save(part, format="PNG"))

@@ -1,0 +1,131 @@
+"""Entry point: a run by name -> its trained weights.
+
+    python -m train.run metaquery.world --optim.lr 3e-4
+    torchrun --nproc_per_node 8 -m train.run metaquery.world --engine.zero 2
+    deepspeed --module train.run metaquery.world
+    python -m train.run runs/world/run.json          # what an earlier run wrote
+
+The same command again goes on where the run stopped. `python -m train.run NAME --help` lists every setting.
+Exit codes: 0 finished, 1 diverged, 2 bad input, 75 stopped by a signal after saving.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+import configs
+from model.files import dump_config, parse_config, read_json
+from sample import cli
+from train.config import Run
+from train.guard import Diverged
+from train.loop import fit
+from train.ranks import start
+
+DIVERGED, INTERRUPTED = 1, 75
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train one run to its end. Raises ValueError for what the user can mend, SystemExit for the other exit codes."""
+    run = parse(sys.argv[1:] if argv is None else argv)
+    ranks = start(run.engine.timeout_seconds)
+    torch.manual_seed(run.seed)
+    task = run.task.build(run, ranks)
+    try:
+        finished = fit(
+            task,
+            run.schedule,
+            seed=run.seed,
+            folder=run.folder,
+            config=dump_config(run),
+            resume=run.resume,
+            metrics=run.metrics,
+            ranks=ranks,
+        )
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(DIVERGED) from error
+    ranks.barrier()
+    if not finished:
+        raise SystemExit(INTERRUPTED)
+
+
+def parse(argv: list[str]) -> Run:
+    """NAME or a run.json, then overrides. Raises ValueError for an unknown name or option."""
+    argv = [word for word in argv if not word.startswith(("--local_rank=", "--local-rank="))]  # deepspeed's launcher
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{__doc__}\nruns: {', '.join(names())}")
+        raise SystemExit(0 if argv else 2)
+    name, *overrides = argv
+    default = read(Path(name)) if name.endswith(".json") else named(name)()
+    run, unknown = tyro.cli(
+        Run,
+        default=default,
+        args=overrides,
+        prog=f"python -m train.run {name}",
+        description=inspect.getdoc(named(name)) if not name.endswith(".json") else f"What {name} describes.",
+        return_unknown_args=True,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    if unknown:
+        known = {f"--{key.replace('_', '-')}" for key in leaves(dump_config(run))}
+        word = unknown[0].split("=")[0].replace("_", "-")
+        raise ValueError(f"unknown option {unknown[0]}{did_you_mean(word, known)}")
+    return run
+
+
+def read(path: Path) -> Run:
+    """The run that a run.json describes. Raises ValueError for an unknown field or a wrong value."""
+    return parse_config(Run, read_json(path), path)
+
+
+def leaves(values: Any, prefix: str = "") -> list[str]:
+    """The dotted names of all settings in a run's JSON."""
+    if isinstance(values, dict) and values:
+        return [name for key, value in values.items() for name in leaves(value, f"{prefix}{key}.")]
+    return [prefix.removesuffix(".")]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" when something known is close, else nothing."""
+    close = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def named(name: str) -> Callable[[], Run]:
+    """The function `configs.<module>.<function>` of "module.function". Raises ValueError when there is none."""
+    module, _, function = name.partition(".")
+    if module in _modules():
+        found = _runs(module).get(function)
+        if found:
+            return found
+    raise ValueError(f"unknown run {name}{did_you_mean(name, names())}; runs: {', '.join(names())}")
+
+
+def names() -> list[str]:
+    """Every run there is, as "module.function"."""
+    return [f"{module}.{function}" for module in _modules() for function in _runs(module)]
+
+
+def _modules() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(configs.__path__)]
+
+
+def _runs(module: str) -> dict[str, Callable[[], Run]]:
+    """The public functions that a module of configs defines, by name."""
+    imported = importlib.import_module(f"configs.{module}")
+    functions = inspect.getmembers(imported, inspect.isfunction)
+    return {n: f for n, f in functions if f.__module__ == imported.__name__ and not n.startswith("_")}
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

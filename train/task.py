@@ -1,0 +1,66 @@
+"""What the loop asks of one way of training: batches in, scalars out; models, data formats and losses stay inside.
+
+A task is a config (a frozen dataclass, member of the union `train.config.TaskConfig`) whose `build` assembles the
+modules and hands each trained one to an engine, and the built `Task` below. Everything else (counting, logging,
+saving, resuming, stopping) is the loop's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from train.engine import Engine
+
+if TYPE_CHECKING:
+    from train.config import Run
+    from train.ranks import Ranks
+
+
+class Task(Protocol):
+    """A built task. Subclass it: `preview` and `release` do nothing unless overridden."""
+
+    engines: Mapping[str, Engine]
+    """The trained modules by a short name; names become file names in the checkpoint."""
+
+    def batches(self, samples: int) -> Iterator[Any]:
+        """Endless micro-batches of this rank, from global sample number `samples` on (0 = a fresh run)."""
+        ...
+
+    def step(self, batch: Any) -> dict[str, Tensor]:
+        """Forward, `engine.backward(loss)` and `engine.step()` on one micro-batch; returns detached scalars to log.
+
+        Keep the scalars on their device: the loop reads them every `log_every` steps. Keys are the same on all ranks.
+        """
+        ...
+
+    def preview(self, folder: Path, step: int) -> None:
+        """Draw or answer fixed examples with the averaged weights. Called on every rank; only rank 0 writes."""
+
+    def release(self, folder: Path) -> None:
+        """Write what users load, with the averaged weights. Called on every rank; only rank 0 writes."""
+
+
+class Builds(Protocol):
+    """A task's config: knows how to become the task."""
+
+    def build(self, run: Run, ranks: Ranks) -> Task:
+        """Assemble the modules in data-flow order; raises ValueError naming the field when the settings cannot work."""
+        ...
+
+
+def engine_for(module: nn.Module, run: Run, ranks: Ranks) -> Engine:
+    """The engine that trains `module` with this run's optimizer, precision, batch sizes and number of steps."""
+    return Engine(
+        module,
+        optim=run.optim,
+        config=run.engine,
+        ema=run.ema,
+        ranks=ranks,
+        batch_size=run.schedule.batch_size,
+        accumulation=run.schedule.accumulation,
+        total_steps=run.schedule.steps,
+    )
