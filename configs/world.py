@@ -7,7 +7,7 @@ from model.sit import SiTConfig
 from model.vae import VAEConfig
 from train.autoencoder import AutoencoderTaskConfig
 from train.config import Run
-from train.decoder import DecoderTaskConfig
+from train.labelled import LabelledTaskConfig
 from train.ema import EmaConfig
 from train.engine import EngineConfig
 from train.loop import Schedule
@@ -15,7 +15,7 @@ from train.optim import OptimConfig
 
 
 def vae() -> Run:
-    """64 px pictures <-> 8 x 8 latents of 8 channels.
+    """64 px pictures <-> 16 x 16 latents of 4 channels.
 
     python -m train.run world.vae
 
@@ -24,11 +24,11 @@ def vae() -> Run:
     return Run(
         name="world-vae",
         task=AutoencoderTaskConfig(
-            channels=(16, 32, 64, 64), latent_channels=8, layers_per_block=1, groups=8, attention=False, kl_weight=1e-4
+            channels=(16, 48, 96), latent_channels=4, layers_per_block=1, groups=8, attention=False, kl_weight=1e-5
         ),
         data=Data(sources=(World(seed=1),), task="labelled", image_size=64),
-        schedule=Schedule(steps=2500, batch_size=16, log_every=20, save_every=500, preview_every=1000),
-        optim=OptimConfig(lr=2e-3, weight_decay=0.01, warmup_steps=100, floor=0.02),
+        schedule=Schedule(steps=4000, batch_size=8, log_every=50, save_every=500, preview_every=500),
+        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=100, floor=0.02),
         ema=EmaConfig(halflife_images=2_000),
         engine=EngineConfig(zero=1, precision="bf16"),
     )
@@ -42,9 +42,9 @@ def decoder() -> Run:
     2 CPU cores, about an hour; the loss falls below 0.2.
     """
     sit = SiTConfig(
-        latent_channels=8,
-        latent_size=8,
-        patch=1,
+        latent_channels=4,
+        latent_size=16,
+        patch=4,
         width=256,
         depth=8,
         heads=4,
@@ -56,7 +56,7 @@ def decoder() -> Run:
     )
     return Run(
         name="world-decoder",
-        task=DecoderTaskConfig(sit=sit, vae=VAEConfig("assets/world/vae")),
+        task=LabelledTaskConfig(sit=sit, vae=VAEConfig("assets/world/vae")),
         data=Data(sources=(World(seed=2),), task="labelled", image_size=64),
         schedule=Schedule(steps=10_000, batch_size=64, log_every=20, save_every=500, preview_every=1000),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, warmup_steps=200, floor=0.02),

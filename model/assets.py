@@ -13,8 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def locate(path: str) -> Path | None:
-    """The folder or file that `path` names: as given, else below the repository root; None if neither
-    exists."""
+    """The folder or file that `path` names: as given, else below the repository root; None if neither exists."""
     for candidate in (Path(path), ROOT / path):
         if candidate.exists():
             return candidate
@@ -36,7 +35,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

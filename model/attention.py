@@ -1,6 +1,6 @@
-"""Queries, keys, values -> attended values: the pieces of attention that the SiT and the connector share.
+"""Attention as the SiT and the connector need it: tokens [B, S, D] -> tokens [B, S, D].
 
-Letters: B batch, S tokens, D width."""
+Letters: B batch, S tokens, N latent tokens, L conditioning tokens, D width, d channels of a head."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,7 @@ _SHORT = 512  # tokens up to which the plain product wins on a CPU
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMS norm in the input's dtype, so that autocast neither widens bf16 nor leaves the fused
-    kernel."""
+    """torch's RMS norm in the input's dtype, so that autocast neither widens bf16 nor leaves the fused kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.to(x.dtype)
@@ -30,6 +29,38 @@ class HeadNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), eps=self.eps) * self.weight.to(x.dtype)
 
 
+class SelfAttention(nn.Module):
+    """Bidirectional attention; normalised queries and keys keep its logits bounded (Dehghani et al. 2023)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))  # [B, heads, S, D / heads]
+        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v, mask)))
+
+
+class CrossAttention(nn.Module):
+    """Latent tokens look up the conditioning tokens; starts as the identity."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        q = split_heads(self.q(self.norm(x)), self.heads)  # [B, heads, N, D / heads]
+        k, v = (split_heads(part, self.heads) for part in self.kv(context).chunk(2, dim=-1))  # [B, heads, L, ..]
+        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v, mask)))
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, S, D] -> [B, heads, S, D / heads]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -41,11 +72,10 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Bidirectional attention over [B, heads, S, D / heads]; mask [B, 1, 1 or S, keys] bool, True = may be
-    seen.
+    """Bidirectional attention over [B, heads, S, D / heads]; mask [B, 1, 1 or S, keys] bool, True = may be seen.
 
-    torch's fused CPU kernel takes 3 times as long on short sequences (forward and backward in bf16 at 72
-    tokens), so the product is written out there."""
+    torch's fused CPU kernel takes 3 times as long on short sequences (forward and backward in bf16 at 72 tokens), so
+    the product is written out there."""
     q, k = q.to(v.dtype), k.to(v.dtype)
     if q.device.type != "cpu" or k.shape[-2] > _SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

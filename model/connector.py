@@ -1,7 +1,7 @@
 """What the MLLM answered to the queries [B, Q, D] -> conditioning of the decoder [B, Q, C].
 
-A bidirectional transformer at the MLLM's width, then a projection (the Enc-Proj order of MetaQueries, Pan et
-al. 2025). Letters: B batch, Q queries, D MLLM width, C conditioning width."""
+A bidirectional transformer at the MLLM's width, then a projection (the Enc-Proj order of MetaQueries, Pan et al.
+2025). Letters: B batch, Q queries, D MLLM width, C conditioning width."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,7 @@ from model.attention import HeadNorm, RMSNorm, attend, merge_heads, split_heads
 
 @dataclass(frozen=True)
 class ConnectorConfig:
-    """`heads` None means one per 64 channels (per 32 where D is no multiple of 64). `layers` 0: projection
-    only."""
+    """`heads` None means one per 64 channels (per 32 where D is no multiple of 64). `layers` 0: projection only."""
 
     layers: int = 24
     heads: int | None = None

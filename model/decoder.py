@@ -40,8 +40,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class SiTDecoderConfig:
-    """Our SiT: `path` names a trained one (the folder that `save_sit` wrote), `sit` the shape of a fresh
-    one."""
+    """Our SiT: `path` names a trained one (the folder that `save_sit` wrote), `sit` the shape of a fresh one."""
 
     path: str | None = None
     sit: SiTConfig | None = None

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from model.files import publish
-from model.tokenizer import IMAGE, PAD, TURN_END, VIDEO, VISION_END, VISION_START, train_tokenizer
+from model.tokenizer import IMAGE, PAD, SPECIALS, TURN_END, VIDEO, VISION_END, VISION_START, train_tokenizer
 
 MERGE = 2  # patches a side that become one visual token, as in every published Qwen2.5-VL
 WEIGHTS = (".safetensors", ".bin", ".index.json")  # endings of files that hold weights or list them
@@ -46,7 +46,7 @@ class EmbeddedConfig:
         for width, heads in (("width", "heads"), ("vision_width", "vision_heads")):
             size, count = getattr(self, width), getattr(self, heads)
             if size % count or size // count % 4:
-                raise ValueError(f"{width} {size} gives {heads} {count} no width divisible by 4; give a multiple of {4 * count}")
+                raise ValueError(f"{width} {size} with {heads} {count}: give a multiple of {4 * count}, four times {heads}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} do not divide over kv_heads {self.kv_heads}; give a divisor of it")
         if self.image_size % (MERGE * self.patch):
@@ -61,7 +61,7 @@ def make(folder: Path, config: EmbeddedConfig, sentences: Iterable[str]) -> None
     with publish(folder) as draft:
         train_tokenizer(sentences, draft, config.vocabulary)
         tokenizer = AutoTokenizer.from_pretrained(draft)
-        ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in (PAD, TURN_END, IMAGE, VIDEO, VISION_START, VISION_END)}
+        ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in SPECIALS}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             Qwen2_5_VLForConditionalGeneration(_qwen(config, ids)).save_pretrained(draft)

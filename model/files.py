@@ -18,8 +18,7 @@ T = TypeVar("T")
 
 @contextmanager
 def publish(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill; it takes the place of `folder` at the end, or vanishes if filling it
-    failed."""
+    """A temporary folder to fill; it takes the place of `folder` at the end, or vanishes if filling it failed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
     replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
@@ -84,8 +83,7 @@ def dump_config(config: Any) -> Any:
 
 
 def parse_config(kind: type[T], raw: Any, path: Path) -> T:
-    """JSON values as a config dataclass; ValueError for wrong values, and for keys that the class does not
-    have."""
+    """JSON values as a config dataclass; ValueError for wrong values, and for keys that the class does not have."""
     try:
         config = TypeAdapter(kind).validate_python(raw)
     except ValidationError as error:

@@ -1,8 +1,8 @@
 """What every frozen multimodal LLM offers: prefix + queries -> states [B, Q, D]; prefix -> a reply.
 
-The queries come last under a causal mask, so nothing before them depends on them: the prefix runs once
-without a graph into a key/value cache, and only the queries run with one. Letters: B batch, P prefix tokens,
-Q queries, D width, V vocabulary."""
+The queries come last under a causal mask, so nothing before them depends on them: the prefix runs once without a graph
+into a key/value cache, and only the queries run with one. Letters: B batch, P prefix tokens, Q queries, D width, V
+vocabulary."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,8 +26,7 @@ class MLLMConfig:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A prefix the model has read. Nothing grows it: every read and reply works on its own view of the
-    cache."""
+    """A prefix the model has read. Nothing grows it: every read and reply works on its own view of the cache."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]  # keys, values [B, heads, P, D / heads] of each layer
     mask: Tensor  # [B, P] bool
@@ -76,8 +75,7 @@ class FrozenMLLM(Protocol):
         ...
 
     def read(self, prefix: Prefix | Prefilled, queries: Tensor) -> Tensor:
-        """What the model makes of queries [Q, D] after the prefix: [B, Q, D]; the graph reaches the queries
-        only."""
+        """What the model makes of queries [Q, D] after the prefix: [B, Q, D]; the graph reaches the queries only."""
         ...
 
     def read_full(self, prefix: Prefix, queries: Tensor) -> Tensor:
@@ -87,8 +85,7 @@ class FrozenMLLM(Protocol):
     def reply(
         self, prefix: Prefix | Prefilled, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[str]:
-        """Stream the answer to a prefix of one row in pieces of text; temperature 0 takes the likeliest
-        token."""
+        """Stream the answer to a prefix of one row in pieces of text; temperature 0 takes the likeliest token."""
         ...
 
     def answers(self, prefix: Prefix | Prefilled, max_new_tokens: int = 256) -> list[str]:

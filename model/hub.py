@@ -1,5 +1,4 @@
-"""A config's path -> what transformers loads from it: a folder on this machine, else a hub id at a
-revision."""
+"""A config's path -> what transformers loads from it: a folder on this machine, else a hub id at a revision."""
 
 from typing import Any
 
@@ -8,8 +7,7 @@ from model.frozen import MLLMConfig
 
 
 def from_pretrained(kind: Any, config: MLLMConfig, **options: Any) -> Any:
-    """`kind.from_pretrained` for the model that `config` names; ValueError with the remedy when there is
-    none."""
+    """`kind.from_pretrained` for the model that `config` names; ValueError with the remedy when there is none."""
     folder = locate(config.path)
     try:
         if folder is not None:

@@ -22,9 +22,9 @@ from model.vae import LatentVAE, VAEConfig, load_vae
 class MetaQueryConfig:
     """What the bridge is made of and what of it trains.
 
-    `trainable`: patterns over the decoder's parameter names ("*", "sit.blocks.*.cross.*"); queries and
-    connector always train. `learned_queries` False freezes random queries; `read` "prompt" hands the
-    connector the last-layer states of the last `queries` prompt tokens instead (both for ablations)."""
+    `trainable`: patterns over the decoder's parameter names ("*", "sit.blocks.*.cross.*"); queries and connector
+    always train. `learned_queries` False freezes random queries; `read` "prompt" hands the connector the last-layer
+    states of the last `queries` prompt tokens instead (both for ablations)."""
 
     mllm: MLLMConfig
     decoder: DecoderConfig
@@ -38,8 +38,8 @@ class MetaQueryConfig:
 
 
 class MetaQuery(nn.Module):
-    """Registers what may train: queries, connector, decoder. The MLLM and the VAE are held outside, so that
-    neither an optimiser, a ZeRO engine nor a checkpoint ever sees them."""
+    """Registers what may train: queries, connector, decoder. The MLLM and the VAE are held outside, so that neither an
+    optimiser, a ZeRO engine nor a checkpoint ever sees them."""
 
     mllm: FrozenMLLM
     vae: LatentVAE
@@ -87,8 +87,7 @@ class MetaQuery(nn.Module):
         return self.to(device)
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """What a release has to contain: all that is registered, less the frozen part of a decoder that has a
-        home."""
+        """What a release has to contain: all that is registered, less the frozen part of a decoder that has a home."""
         state = self.state_dict()
         if self.config.decoder.path is None:
             return state
@@ -108,8 +107,7 @@ class MetaQuery(nn.Module):
 
 
 def build(config: MetaQueryConfig, mllm: FrozenMLLM | None = None, vae: LatentVAE | None = None) -> MetaQuery:
-    """Load the frozen parts that are not given, make the others fresh (a decoder with a path comes
-    trained)."""
+    """Load the frozen parts that are not given, make the others fresh (a decoder with a path comes trained)."""
     mllm = mllm if mllm is not None else load(config.mllm)
     vae = vae if vae is not None else load_vae(config.vae)
     decoder = build_decoder(config.decoder)

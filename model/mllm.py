@@ -1,5 +1,4 @@
-"""A config -> a frozen multimodal LLM: the families we know and how to load one. The interface is
-model/frozen.py."""
+"""A config -> a frozen multimodal LLM: the families we know and how to load one. The interface is model/frozen.py."""
 
 import torch
 from transformers import AutoConfig
@@ -15,8 +14,7 @@ _FAMILIES = {"qwen2_5_vl": Qwen2_5_VL}
 
 
 def load(config: MLLMConfig) -> FrozenMLLM:
-    """The model that `config` names, frozen, on CPU. ValueError when it is missing or of a family we do not
-    know."""
+    """The model that `config` names, frozen, on CPU. ValueError when it is missing or of a family we do not know."""
     family = _family(config)
     model = from_pretrained(family.model_class, config, dtype=getattr(torch, config.dtype))
     return family(config, model, family.make_builder(config))

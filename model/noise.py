@@ -1,8 +1,7 @@
 """Data -> noisy data and the target to predict, for flow matching and for diffusion.
 
-Time runs from t = 0 (data) to t = 1 (noise) everywhere; x_t = alpha(t) x0 + sigma(t) eps, in float32. Noise
-and time are addressed: functions of (seed, sample number), so batch, rank and resume change nothing. Letters:
-B batch."""
+Time runs from t = 0 (data) to t = 1 (noise) everywhere; x_t = alpha(t) x0 + sigma(t) eps, in float32. Noise and time
+are addressed: functions of (seed, sample number), so batch, rank and resume change nothing. Letters: B batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,9 +123,9 @@ class FlowMatching:
 
 
 class Diffusion:
-    """x_t = sqrt(abar) x0 + sqrt(1 - abar) eps (Ho et al. 2020, eq. 4); predicts eps, or
-    v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022).
+    """x_t = sqrt(abar) x0 + sqrt(1 - abar) eps (Ho et al. 2020, eq. 4).
 
+    Predicted is eps, or v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022).
     DDPM step k of K is t = (k + 1) / K; abar(0) = 1, and between steps log abar is linear."""
 
     def __init__(self, config: DiffusionConfig = DiffusionConfig()):

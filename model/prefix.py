@@ -1,7 +1,7 @@
 """Conversations (text + images) -> Prefix: the ids, positions and image patches that a frozen MLLM reads.
 
-The model's own chat template frames the turns. What users wrote is encoded apart from the frame, as plain
-text: a `<|im_end|>` in a prompt cannot end the turn. Letters: B batch, P prefix tokens."""
+The model's own chat template frames the turns. What users wrote is encoded apart from the frame, as plain text: a
+`<|im_end|>` in a prompt cannot end the turn. Letters: B batch, P prefix tokens."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -109,8 +109,7 @@ class PrefixBuilder:
         self.pad_id: int = tokenizer.pad_token_id
 
     def __call__(self, conversations: Sequence[Sequence[Turn]], *, add_generation_prompt: bool = True) -> Prefix:
-        """One row per conversation. ValueError for a user text longer than `max_text_tokens` or a wrong image
-        type."""
+        """One row per conversation. ValueError for a user text longer than `max_text_tokens` or a wrong image type."""
         return self._build(conversations, add_generation_prompt)[0]
 
     def draw(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]] | None = None) -> Prefix:
@@ -119,13 +118,11 @@ class PrefixBuilder:
         The empty prompt without images is the unconditional branch of guidance."""
         images = images if images is not None else [()] * len(prompts)
         system = Turn("system", DRAW_SYSTEM)
-        return self(
-            [[system, Turn("user", p, tuple(i))] for p, i in zip(prompts, images, strict=True)],
-        )
+        return self([[system, Turn("user", p, tuple(i))] for p, i in zip(prompts, images, strict=True)])
 
     def with_targets(self, conversations: Sequence[Sequence[Turn]]) -> tuple[Prefix, Tensor]:
-        """Whole conversations to train on, and targets [B, P]: the ids of what the assistant says, its
-        closing mark included, `IGNORED` elsewhere. Targets are not shifted."""
+        """Whole conversations to train on, and targets [B, P]: the ids of what the assistant says, its closing mark
+        included, `IGNORED` elsewhere. Targets are not shifted."""
         return self._build(conversations, add_generation_prompt=False)
 
     def _build(self, conversations: Sequence[Sequence[Turn]], add_generation_prompt: bool) -> tuple[Prefix, Tensor]:
@@ -148,12 +145,9 @@ class PrefixBuilder:
         return prefix, targets
 
     def _row(self, turns: Sequence[Turn], image_sizes: Any, add_generation_prompt: bool) -> _Row:
-        """Encode the frame and the texts apart; an image mark of the frame becomes as many as the image has
-        tokens."""
-        row, closes = (
-            _Row(),
-            False,
-        )  # closes: the next piece of frame begins with the mark that ends an answer
+        """Encode the frame and the texts apart; an image mark of the frame becomes as many as the image has tokens."""
+        row = _Row()
+        closes = False  # whether the next piece of frame begins with the mark that ends an answer
         for number, piece in self._pieces(turns, add_generation_prompt):
             if number is not None:
                 row.add(self._encode_text(turns[number]), said=turns[number].role == "assistant")

@@ -130,8 +130,7 @@ class Qwen2_5_VL:
 
     @torch.no_grad()
     def _generate(self, prefix: Prefix | Prefilled, max_new_tokens: int, temperature: float, seed: int) -> Iterator[Tensor]:
-        """Token ids [B], one column at a time, until every row has ended; the cache of a Prefilled stays as
-        it is."""
+        """Token ids [B], one column at a time, until every row has ended; the cache of a Prefilled stays as it is."""
         known = prefix if isinstance(prefix, Prefilled) else self.prefill(prefix)
         cache, random = self._cache(known), torch.Generator().manual_seed(seed)
         state, ended = known.states[:, -1:], torch.zeros(known.batch_size, dtype=torch.bool)
@@ -160,8 +159,7 @@ class Qwen2_5_VL:
         return out.last_hidden_state
 
     def _cache(self, known: Prefilled) -> DynamicCache:
-        """A cache that starts with the prefilled tensors and grows by concatenation, which leaves them
-        alone."""
+        """A cache that starts with the prefilled tensors and grows by concatenation, which leaves them alone."""
         cache = DynamicCache(config=self.model.config.get_text_config())
         assert not any(cache.is_sliding), "a sliding window would forget the start of the prefix"
         layers: list[Any] = cache.layers
@@ -180,8 +178,7 @@ class Qwen2_5_VL:
 
 
 class QwenRopeIndex:
-    """Multimodal rotary positions by transformers' own rule, without a model: the rule reads only the
-    config."""
+    """Multimodal rotary positions by transformers' own rule, without a model: the rule reads only the config."""
 
     get_rope_index = Qwen2_5_VLModel.get_rope_index
     get_vision_position_ids = Qwen2_5_VLModel.get_vision_position_ids
@@ -196,8 +193,8 @@ class QwenRopeIndex:
 
 
 def arguments(prefix: Prefix) -> dict[str, Tensor | None]:
-    """The prefix as the keyword arguments of transformers' Qwen2.5-VL. Positions are explicit: the model
-    would keep its own guess between calls."""
+    """The prefix as the keyword arguments of transformers' Qwen2.5-VL. Positions are explicit: the model would keep
+    its own guess between calls."""
     return {
         "input_ids": prefix.ids,
         "attention_mask": prefix.mask,

@@ -1,9 +1,9 @@
 """SiT: noisy latents, a time and conditioning tokens -> the prediction, and the hidden layer to align.
 
-A diffusion transformer (Peebles & Xie 2022; Ma et al. 2024) with per-head qk-norm. The conditioning tokens
-join the sequence (in_context) or are looked up in every block (cross_attention); their mean joins the time in
-the modulation. Letters: B batch, c h w latent channels, height, width, N latent tokens, L conditioning
-tokens, S = L + N (in context) or N, C conditioning width, D width."""
+A diffusion transformer (Peebles & Xie 2022; Ma et al. 2024) with per-head qk-norm. The conditioning tokens join the
+sequence (in_context) or are looked up in every block (cross_attention); their mean joins the time in the modulation.
+Letters: B batch, c h w latent channels, height, width, N latent tokens, L conditioning tokens, S = L + N (in context)
+or N, C conditioning width, D width."""
 
 import math
 from dataclasses import dataclass
@@ -14,16 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import RMSNorm, attend, merge_heads, split_heads
+from model.attention import CrossAttention, SelfAttention
 
 
 @dataclass(frozen=True)
 class SiTConfig:
     """Shape of a SiT.
 
-    `shared_modulation`: one modulation for all blocks plus a table per block (adaLN-single, a third fewer
-    parameters); otherwise adaLN-Zero per block, as published. `align_depth`: where an alignment loss
-    looks."""
+    `shared_modulation`: one modulation for all blocks plus a table per block (adaLN-single, a third fewer parameters);
+    otherwise adaLN-Zero per block, as published. `align_depth`: where an alignment loss looks."""
 
     latent_channels: int
     latent_size: int  # h = w
@@ -79,9 +78,9 @@ class SiT(nn.Module):
         condition_mask: Tensor | None = None,
         hidden_at: int | None = None,
     ) -> SiTOutput:
-        """x_t [B, c, h, w], t [B] in [0, 1], condition [B, L, C], condition_mask [B, L] bool (True = real;
-        with cross_attention each row needs one) -> float32 prediction [B, c, h, w], and the latent tokens
-        after block number `hidden_at`."""
+        """x_t [B, c, h, w], t [B] in [0, 1], condition [B, L, C], condition_mask [B, L] bool (True = real; with
+        cross_attention each row needs one) -> float32 prediction [B, c, h, w], and the latent tokens after block
+        number `hidden_at`."""
         dtype = self.embed.weight.dtype
         condition = self.embed_condition(condition.to(dtype))  # [B, L, D]
         condition = condition + self.condition_position[: condition.shape[1]]
@@ -139,7 +138,8 @@ class SiTBlock(nn.Module):
         if self.modulation is not None:
             values = self.modulation(time)
         else:
-            assert shared is not None and self.table is not None
+            assert shared is not None
+            assert self.table is not None
             values = shared + self.table
         shift1, scale1, gate1, shift2, scale2, gate2 = values.unsqueeze(2).unbind(1)  # [B, 1, D] each
         self_mask = mask if context is None else None
@@ -148,38 +148,6 @@ class SiTBlock(nn.Module):
         if self.cross is not None and context is not None:
             x = x + self.cross(x, context, mask)
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
-
-
-class SelfAttention(nn.Module):
-    """Bidirectional attention; normalised queries and keys keep its logits bounded (Dehghani et al. 2023)."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))  # [B, heads, S, D / heads]
-        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v, mask)))
-
-
-class CrossAttention(nn.Module):
-    """Latent tokens look up the conditioning tokens; starts as the identity."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        q = split_heads(self.q(self.norm(x)), self.heads)  # [B, heads, N, D / heads]
-        k, v = (split_heads(part, self.heads) for part in self.kv(context).chunk(2, dim=-1))  # [B, heads, L, ..]
-        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v, mask)))
 
 
 class Modulation(nn.Module):
@@ -238,8 +206,7 @@ def unpatchify(x: Tensor, patch: int, shape: torch.Size) -> Tensor:
 
 
 def sincos_2d(width: int, size: int) -> Tensor:
-    """Fixed positions of a size x size grid, [size size, width]: half the channels for the row, half the
-    column."""
+    """Fixed positions of a size x size grid, [size size, width]: half the channels for the row, half the column."""
     speed = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(size, dtype=torch.float64)[:, None] * speed  # [size, width / 4]
     axis = torch.cat([angle.sin(), angle.cos()], dim=-1)  # [size, width / 2]

@@ -26,8 +26,7 @@ FORMAT, VERSION = "querybridge.metaquery", 1
 
 
 def save(folder: Path, model: MetaQuery, tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Write a release of `model`, complete or not at all; `tensors` replaces some of its own (an EMA, for
-    one)."""
+    """Write a release of `model`, complete or not at all; `tensors` replaces some of its own (an EMA, for one)."""
     own = model.own_tensors()
     if tensors is not None:
         assert tensors.keys() <= own.keys(), "a release cannot hold what the model does not own"
@@ -46,8 +45,8 @@ def save(folder: Path, model: MetaQuery, tensors: Mapping[str, Tensor] | None = 
 
 
 def load(folder: Path, verify: bool = True) -> MetaQuery:
-    """The model of a release, on CPU in eval mode. ValueError names what is missing, unknown, of another
-    shape or, with `verify`, not the frozen part that it was trained with."""
+    """The model of a release, on CPU in eval mode. ValueError names what is missing, unknown, of another shape or,
+    with `verify`, not the frozen part that it was trained with."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no release (it has no config.json); name the folder that training wrote")

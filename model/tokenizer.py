@@ -1,8 +1,7 @@
 """Sentences -> a tokenizer folder (`tokenizer.model`, `tokenizer_config.json`) that `AutoTokenizer` loads.
 
-The vocabulary is a SentencePiece BPE model with byte fallback: every text has ids, and they decode to the
-same text. The marks of the conversation are user-defined symbols, so that SentencePiece itself and
-transformers agree."""
+The vocabulary is a SentencePiece BPE model with byte fallback: every text has ids, and they decode to the same text.
+The marks of the conversation are user-defined symbols, so that SentencePiece itself and transformers agree."""
 
 import io
 import json
@@ -37,8 +36,8 @@ CHAT_TEMPLATE = (
 def train_tokenizer(sentences: Iterable[str], folder: Path, vocab_size: int) -> None:
     """Train BPE on `sentences` and write the two files of the tokenizer into `folder`.
 
-    `vocab_size` counts everything: `<unk>`, 256 bytes, the special marks, characters and merges. When the
-    text is too small for it, ValueError says how large it can be."""
+    `vocab_size` counts everything: `<unk>`, 256 bytes, the special marks, characters and merges. When the text is too
+    small for it, ValueError says how large it can be."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -1,7 +1,7 @@
 """Pixels <-> unit-variance latents, through a frozen AutoencoderKL of diffusers.
 
-Three spaces: pixels in [-1, 1] -> raw latents (the encoder's mean) -> latents (shifted and scaled to unit
-variance). Letters: B batch, H W pixels, c h w latent channels, height, width."""
+Three spaces: pixels in [-1, 1] -> raw latents (the encoder's mean) -> latents (shifted and scaled to unit variance).
+Letters: B batch, H W pixels, c h w latent channels, height, width."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +33,8 @@ def load_vae(config: VAEConfig) -> "LatentVAE":
 class LatentVAE:
     """A frozen autoencoder whose latents have mean 0 and variance 1.
 
-    The statistics come from its own config: `latents_mean` and `latents_std` per channel where present, else
-    the scalar `shift_factor` and `scaling_factor`."""
+    The statistics come from its own config: `latents_mean` and `latents_std` per channel where present, else the
+    scalar `shift_factor` and `scaling_factor`."""
 
     def __init__(self, autoencoder: AutoencoderKL):
         # Any: diffusers' annotations know neither its configs nor its outputs

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from tyro.conf import UseAppendAction
 
-from sample.cli import run
+from sample.cli import run, sentence
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,9 +62,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("give either --release or --model, whose MLLM is to answer")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} is too small; give at least 1")
-    from sample.pictures import (
-        open_picture,
-    )  # heavy imports wait until the arguments are right: --help stays instant
+    # heavy imports wait until the arguments are right, so that --help stays instant
+    from sample.pictures import open_picture
 
     pictures = [open_picture(path) for path in args.image]
     chat = Chat(args, pictures=pictures)
@@ -124,7 +123,7 @@ class Chat:
             try:
                 self.obey(line)
             except (ValueError, OSError) as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {sentence(error)}", file=sys.stderr)
 
     def obey(self, line: str) -> None:
         """One line of a dialogue: a command or a question."""

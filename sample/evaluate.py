@@ -53,9 +53,10 @@ def world(args: World) -> None:
     """
     if args.n < 0 or args.images < 0 or args.n + args.images == 0 or args.batch_size < 1:
         raise ValueError("give --n or --images above 0, none below, and a --batch-size of at least 1")
-    from sample.files import (
-        write_whole,
-    )  # heavy imports wait until the arguments are right: --help stays instant
+    if args.grid is not None and not args.n:
+        raise ValueError("--grid shows drawn pictures; give --n above 0, or leave it out")
+    # heavy imports wait until the arguments are right, so that --help stays instant
+    from sample.files import write_whole
     from sample.measures import Measure, show, write_json
     from sample.pipeline import Pipeline
     from sample.world_answers import exams, understanding
@@ -79,7 +80,7 @@ def world(args: World) -> None:
         asked = exams(args.seed, "val", args.images)
         measures |= understanding(pipeline.model.mllm, asked, args.batch_size, _watch("asking"))
     show(f"{args.release}", measures)
-    if args.grid is not None and judged:
+    if args.grid is not None:
         picture = picture_of(judged)
         write_whole(args.grid, lambda temporary: picture.save(temporary, format="PNG"))
     if args.json is not None:

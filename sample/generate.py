@@ -103,7 +103,8 @@ def read_prompts(path: Path) -> list[str]:
 
 def draw(args: Args, jobs: Sequence[Job]) -> None:
     """Draws and writes pictures in batches; everything is checked before the first file is written."""
-    from rich.progress import track  # heavy imports wait until the arguments are right: --help stays instant
+    # heavy imports wait until the arguments are right, so that --help stays instant
+    from rich.progress import track
 
     from sample.grid import Cell, Row, sheet
     from sample.pictures import open_picture

@@ -82,13 +82,6 @@ def table(headings: Sequence[str], rows: Sequence[Row], cell_pixels: int = 128, 
     return canvas
 
 
-def before_after(captions: Sequence[str], before: Sequence[Cell], after: Sequence[Cell]) -> Image.Image:
-    """What training changed: for each caption the picture before it and the picture after it."""
-    pairs = zip(before, after, strict=True)
-    rows = [Row(caption, pair) for caption, pair in zip(captions, pairs, strict=True)]
-    return table(("before training", "after training"), rows)
-
-
 def _place(canvas: Image.Image, cell: Cell, left: int, top: int, side: int) -> None:
     """The picture, as large as fits into a square, in its middle; over it the frame and mark of its verdict."""
     scale = side / max(cell.picture.size)
@@ -99,13 +92,13 @@ def _place(canvas: Image.Image, cell: Cell, left: int, top: int, side: int) -> N
         return
     draw, colour = ImageDraw.Draw(canvas), RIGHT if cell.right else WRONG
     draw.rectangle((left - 2, top - 2, left + side + 1, top + side + 1), outline=colour, width=3)
-    x, y, reach = left + side - 18, top + side - 18, 14
-    draw.rectangle((x - 2, y - 2, x + reach + 2, y + reach + 2), fill=PAPER, outline=colour)
+    x, y = left + side - 12, top + side - 12  # the mark: 12 pixels in the corner
+    draw.rectangle((x, y, x + 11, y + 11), fill=PAPER, outline=colour)
     if cell.right:
-        draw.line(((x + 2, y + 8), (x + 6, y + 12), (x + 12, y + 3)), fill=colour, width=3)
+        draw.line(((x + 3, y + 6), (x + 5, y + 8), (x + 9, y + 3)), fill=colour, width=2)
     else:
-        draw.line((x + 2, y + 2, x + 12, y + 12), fill=colour, width=3)
-        draw.line((x + 2, y + 12, x + 12, y + 2), fill=colour, width=3)
+        draw.line((x + 3, y + 3, x + 8, y + 8), fill=colour, width=2)
+        draw.line((x + 3, y + 8, x + 8, y + 3), fill=colour, width=2)
 
 
 def _wrap(text: str, width: int) -> list[str]:

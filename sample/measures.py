@@ -31,7 +31,7 @@ class Measure:
 
 
 def share(successes: int, n: int) -> Measure:
-    """successes / n in [0, 1] with Wilson's 95 % interval (1927, eq. 7); of no trials, 0 with the interval [0, 1]."""
+    """successes / n in [0, 1] with Wilson's 95 % interval (1927); of no trials, 0 with the interval [0, 1]."""
     assert 0 <= successes <= n, (successes, n)
     if n == 0:
         return Measure(0.0, 0.0, 1.0, 0, "share")

@@ -7,6 +7,7 @@ Shape letters: B pictures of a batch, Q queries, C conditioning width, c h w lat
 """
 
 import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
@@ -98,7 +99,7 @@ class Pipeline:
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raises ValueError for a prompt that the MLLM cannot read; costs no pass through it."""
-        for prompt in prompts:
+        for prompt in dict.fromkeys(prompts):
             self.model.mllm.builder.draw([prompt])
 
     def _branches(
@@ -111,11 +112,14 @@ class Pipeline:
             [(negative, pictures) for pictures in sources],
             list(zip(prompts, sources, strict=True)),
         )
-        return [
+        branches = [
             Branch(weight, torch.cat([self._condition(prompt, pictures) for prompt, pictures in branch]))  # [B, Q, C]
             for weight, branch in zip(weights, asked, strict=True)
             if weight != 0 or branch is asked[-1]
         ]
+        while len(self._conditions) > REMEMBERED:
+            self._conditions.popitem(last=False)  # the one not used for longest
+        return branches
 
     def _condition(self, prompt: str, pictures: Pictures) -> Tensor:
         """What the decoder is told [1, Q, C]; the MLLM reads each distinct prompt once."""
@@ -124,14 +128,14 @@ class Pipeline:
             prefix = self.model.mllm.builder.draw([prompt], [pictures]).to(self.model.mllm.device)
             self._conditions[key] = self.model.condition(prefix)
         self._conditions.move_to_end(key)
-        while len(self._conditions) > REMEMBERED:
-            self._conditions.popitem(last=False)
         return self._conditions[key]
 
 
 def default_device() -> torch.device:
     """The GPU of this process's rank if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def _digest(prompt: str, pictures: Pictures) -> bytes:

@@ -72,7 +72,7 @@ def heun(predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: F
 
 
 def euler_maruyama(predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: Fresh) -> Tensor:
-    """The reverse SDE with diffusion w = 2 sigma(t), whose drift adds eps (Ma et al. 2024, eq. 10); no noise at the end."""
+    """The reverse SDE with diffusion w = 2 sigma(t), whose drift adds eps (SiT, Ma et al. 2024); no noise at the end."""
     x = noise
     for t, s in _intervals(noising, steps, noise):
         data, eps = _pair(predict, x, t, noising)

@@ -64,5 +64,5 @@ def test_rotation_shows_distances_only():
 
 
 def test_heads_must_split_the_width():
-    with pytest.raises(ValueError, match="connector.heads 5"):
+    with pytest.raises(ValueError, match=r"connector\.heads 5"):
         Connector(ConnectorConfig(layers=1, heads=5), 64, 24)

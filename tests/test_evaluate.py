@@ -172,6 +172,7 @@ def test_mistakes_exit_with_two_and_write_nothing(release, tmp_path, capsys):
     for words, arguments in {
         "is no release": ["--release", tmp_path],
         "above 0": ["--release", release, "--n", "0", "--images", "0"],
+        "--grid shows": ["--release", release, "--n", "0", "--grid", out],
         "48": ["--release", small, "--n", "1", "--images", "0", "--steps", "1"],
     }.items():
         assert run(evaluate.main, ["world", *map(str, arguments), "--json", str(out)]) == 2

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from sample.grid import Cell, Row, before_after, sheet, table
+from sample.grid import RIGHT, WRONG, Cell, Row, sheet, table
 from sample.measures import Measure, read_json, share, show, write_json
 
 
@@ -76,15 +76,16 @@ def test_sheet_holds_every_picture_at_its_place():
     assert colours[2] in {picture.getpixel((28, y)) for y in range(48, picture.height)}
 
 
-def test_table_sets_headings_captions_and_verdicts():
-    red, tall = Image.new("RGB", (8, 8), (200, 0, 0)), Image.new("RGBA", (8, 16), (0, 0, 200, 255))
-    picture = before_after(["one", "two"], [Cell(red, False), Cell(red)], [Cell(tall, True), Cell(tall)])
-    assert picture == table(
-        ("before training", "after training"),
-        [Row("one", (Cell(red, False), Cell(tall, True))), Row("two", (Cell(red), Cell(tall)))],
-    )
-    seen = {colour for _, colour in picture.getcolors(1 << 20) or []}
-    assert {(200, 0, 0), (0, 0, 200), (0, 140, 90), (205, 60, 40)} <= seen
+def test_table_sets_every_picture_beside_its_caption_with_its_verdict():
+    red, blue = Image.new("RGB", (8, 8), (200, 0, 0)), Image.new("RGBA", (8, 16), (0, 0, 200, 255))
+    rows = [Row("one", (Cell(red, False), Cell(blue, True))), Row("two", (Cell(blue), Cell(red)))]
+    picture = table(("before", "after"), rows, cell_pixels=40, caption_pixels=100)
+    assert picture.width == 116 + 2 * 48
+    columns = [[picture.getpixel((116 + 48 * i + 20, y)) for y in range(picture.height)] for i in range(2)]
+    for column, (upper, lower) in zip(columns, [((200, 0, 0), (0, 0, 200)), ((0, 0, 200), (200, 0, 0))], strict=True):
+        assert column.index(upper) < column.index(lower)
+    verdicts = {RIGHT, WRONG}
+    assert [verdicts & set(column) for column in columns] == [{WRONG}, {RIGHT}]
 
 
 def test_a_grid_of_nothing_or_of_gaps_is_refused():

@@ -103,7 +103,7 @@ def test_the_oldest_conditions_are_forgotten(pipeline, monkeypatch):
     """However many are asked for at once, each is read once; between calls only the latest stay."""
     monkeypatch.setattr(sample.pipeline, "REMEMBERED", 2)
     prompts = ["a star", "a red star", "a blue star", "a green star"]
-    pipeline.draw(prompts, SEEDS, steps=1, guidance=1.0)
+    pipeline.draw(["a green star", *prompts], [0, *SEEDS], steps=1, guidance=1.0)
     assert pipeline.model.mllm.prefills == 4
     pipeline.draw(prompts[2:], SEEDS[2:], steps=1, guidance=1.0)
     assert pipeline.model.mllm.prefills == 4

@@ -72,8 +72,10 @@ def test_time_and_conditioning_matter(kind):
 def test_the_hidden_tap_is_what_the_rest_starts_from():
     sit, (x_t, t, condition) = awake(), inputs()
     plain, tapped = sit(x_t, t, condition), sit(x_t, t, condition, hidden_at=sit.config.align_depth)
-    assert plain.hidden is None and torch.equal(plain.prediction, tapped.prediction)
-    assert tapped.hidden is not None and tapped.hidden.shape == (3, 16, 32)
+    assert plain.hidden is None
+    assert torch.equal(plain.prediction, tapped.prediction)
+    assert tapped.hidden is not None
+    assert tapped.hidden.shape == (3, 16, 32)
     seen = []
     sit.blocks[0].register_forward_hook(lambda module, given, out: seen.append(out[:, -16:]))
     sit(x_t, t, condition)
@@ -119,7 +121,8 @@ def test_patches_return_to_their_places():
 def test_positions_are_distinct_and_nearer_places_more_alike():
     position = sincos_2d(32, 8)
     likeness = (position @ position.T)[0].reshape(8, 8)
-    assert likeness[0, 0] > likeness[0, 1] > likeness[0, 2] and likeness[0, 1] == likeness[1, 0]
+    assert likeness[0, 0] > likeness[0, 1] > likeness[0, 2]
+    assert likeness[0, 1] == likeness[1, 0]
     assert len({tuple(row) for row in position.tolist()}) == 64
 
 

@@ -47,7 +47,8 @@ def test_a_release_comes_back_bit_for_bit(model, release):
     assert again.config == model.config
     assert not again.training
     ours, theirs = model.state_dict(), again.state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     prefix, x_t, t = model.mllm.builder(tiny.conversations()), torch.randn(3, 4, 8, 8), torch.rand(3)
     assert torch.equal(model.eval()(prefix, x_t, t), again(prefix, x_t, t))
 

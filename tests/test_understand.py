@@ -12,7 +12,6 @@ from configs import understand
 from data.loader import Data, World
 from data.shards import Shards as Tars
 from data.world.conversations import Shares, conversation
-from model.assets import fingerprint
 from model.embedded import EmbeddedConfig, make, save
 from model.files import dump_config, parse_config
 from model.mllm import MLLMConfig, load, load_builder
@@ -20,10 +19,10 @@ from model.prefix import IGNORED, Turn
 from sample.measures import read_json
 from sample.world_answers import exams, understanding
 from train.config import Run
-from train.loss import cross_entropy
 from train.ranks import Ranks
 from train.run import main
-from train.understand import GroupCollate, Speaker, Talk, UnderstandTask, choose_trainable, training_text
+from train.talk import GroupCollate, Talk, training_text
+from train.understand import Speaker, UnderstandTask, choose_trainable
 
 SMALL = EmbeddedConfig(
     vocabulary=400,
@@ -133,7 +132,6 @@ def test_loss_and_gradients_are_those_of_transformers(folder):
     )
     torch.testing.assert_close(logits, reference.logits[:, :-1][said[:, 1:]], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loss, reference.loss)
-    torch.testing.assert_close(loss, cross_entropy(reference.logits, targets))
     loss.backward()
     reference.loss.backward()
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -214,7 +212,8 @@ def test_the_stages_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sizes = {key: value for key, value in dump_config(SMALL).items() if value != getattr(EmbeddedConfig(), key)}
     tiny = [word for key, value in sizes.items() for word in (f"--task.fresh.{key.replace('_', '-')}", str(value))]
-    few = "--schedule.steps 2 --schedule.batch-size 4 --schedule.log-every 1 --ema.halflife-images 0".split()
+    few = ["--schedule.steps", "2", "--schedule.batch-size", "4", "--ema.halflife-images", "0"]
+    few += ["--optim.lr", "0.01", "--optim.warmup-steps", "0"]  # far enough to be seen in bfloat16
     main(["understand.language", *tiny, *few, "--task.text-conversations", "60"])
     main(["understand.align", *few, "--task.exam-pictures", "0"])
     main(["understand.instruct", *few, "--task.exam-pictures", "2"])
@@ -222,8 +221,9 @@ def test_the_stages_run_one_after_the_other(tmp_path, monkeypatch, capsys):
         parameters(f"runs/{name}") for name in ("language/fresh", "language/release", "align/release", "instruct/release")
     )
     for before, after, moves in ((fresh, language, "model.language_model."), (language, align, "model.visual.")):
-        for name in before:
-            assert torch.equal(before[name], after[name]) == (not name.startswith(moves)), name
+        for name, p in before.items():
+            if p.ndim > 1 or not name.startswith(moves):  # a bias may have no gradient
+                assert torch.equal(p, after[name]) == (not name.startswith(moves)), name
     assert not any(torch.equal(align[name], instruct[name]) for name in align if name.endswith("proj.weight"))
 
     released = load(MLLMConfig("runs/instruct/release"))
@@ -271,8 +271,8 @@ def test_shipped_runs_survive_json(name, tmp_path):
     ("changes", "message"),
     [
         (dict(data=Data(task="t2i")), "data.task is t2i"),
-        (dict(data=Data(sources=(World(), World(1)), task="chat")), "task.shares need the generated world"),
-        (dict(data=Data(sources=(Tars("x.tar"),), task="chat")), "task.shares need the generated world"),
+        (dict(data=Data(sources=(World(), World(1)), task="chat")), "task.shares need data.sources to be one"),
+        (dict(data=Data(sources=(Tars("x.tar"),), task="chat")), "task.shares need data.sources to be one"),
         (dict(task={"trainable": ("visual",)}), "matches no parameter"),
     ],
 )
@@ -296,4 +296,3 @@ def test_a_fresh_model_is_made_once(folder, tmp_path):
     task_of(replace(run, task=replace(run.task, fresh=replace(SMALL, seed=1))))
     assert not (tmp_path / "out" / "fresh" / "mark").exists()
     assert load(MLLMConfig(str(tmp_path / "out" / "fresh"))).fingerprint() != made
-    assert fingerprint({}) != made

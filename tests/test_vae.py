@@ -30,7 +30,8 @@ def test_latents_are_the_normalised_posterior_mean(folder):
     mean = torch.tensor([0.1, -0.2, 0.0, 0.3]).reshape(1, 4, 1, 1)
     std = torch.tensor([0.5, 1.0, 2.0, 0.8]).reshape(1, 4, 1, 1)
     torch.testing.assert_close(vae.encode(pixels), (raw - mean) / std)
-    assert vae.encode(pixels).shape == (2, 4, 8, 8) and not vae.encode(pixels).requires_grad
+    assert vae.encode(pixels).shape == (2, 4, 8, 8)
+    assert not vae.encode(pixels).requires_grad
 
 
 def test_decode_undoes_the_normalisation(folder):

@@ -19,16 +19,16 @@ from model.sit import SiTConfig
 from model.tokenizer import IMAGE, PAD, TURN_END, VIDEO, VISION_END, VISION_START, train_tokenizer
 from model.vae import VAEConfig
 
-WORDS = (
+TEXT = (
     "a the red green blue yellow small large circle square triangle star left right of above below and "
     "is there how many what colour shape does it have on white black background one two three yes no ? ."
-).split()
+)
 
 
 def sentences(count: int = 500, seed: int = 0) -> list[str]:
     """Random strings of the world's words."""
     draw = random.Random(seed)
-    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 12))) for _ in range(count)]
+    return [" ".join(draw.choices(TEXT.split(), k=draw.randint(1, 12))) for _ in range(count)]
 
 
 def image(size: tuple[int, int] = (16, 16), seed: int = 0) -> Image.Image:

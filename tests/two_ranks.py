@@ -52,7 +52,8 @@ def tiny_run(parts: Path, out: Path, *overrides: str) -> list[str]:
     return [
         "metaquery.tiny",
         *("--task.model.mllm.path", str(parts / "mllm"), "--task.model.vae.path", str(parts / "vae")),
-        *("--data.image-size", "16", "--out", str(out), *overrides),
+        *("--task.model.decoder.sit.latent-channels", "4", "--data.image-size", "16"),
+        *("--out", str(out), *overrides),
     ]
 
 
@@ -62,7 +63,9 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def case(ranks: Ranks, out: Path, zero: Literal[0, 1, 2, 3], precision: Literal["fp32", "autocast", "bf16"]) -> dict[str, Any]:
+def case(
+    ranks: Ranks, out: Path, zero: Literal[0, 1, 2, 3], precision: Literal["fp32", "autocast", "bf16"]
+) -> dict[str, Any]:
     """Straight run with a save and a look at the averages in the middle; resumed; moved; and with a NaN on rank 1."""
     config = EngineConfig(zero=zero, precision=precision, clip_norm=CLIP_NORM)
     task = Toy(ranks, config, accumulation=2)

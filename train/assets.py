@@ -26,17 +26,19 @@ ASSETS, RUNS = ROOT / "assets" / "world", ROOT / "runs" / "assets"
 
 @dataclass(frozen=True)
 class Stage:
-    """A run, and the folder of assets/world that its release becomes (None: only the next stage reads it)."""
+    """A run, the folder of assets/world that its release becomes (None: only the next stage reads it), and its options."""
 
     name: str
     run: str
     becomes: str | None
+    options: tuple[str, ...] = ()
 
 
 STAGES = (
     Stage("language", "understand.language", None),
-    Stage("align", "understand.align", None),
-    Stage("mllm", "understand.instruct", "mllm"),
+    Stage("see", "understand.see", None, ("--task.init", "runs/assets/language/release")),
+    Stage("align", "understand.align", None, ("--task.init", "runs/assets/see/release")),
+    Stage("mllm", "understand.instruct", "mllm", ("--task.init", "runs/assets/align/release")),
     Stage("vae", "world.vae", "vae"),
     Stage("sit", "world.decoder", "sit"),
     Stage("bridge", "metaquery.world", "release"),
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 def make(stage: Stage) -> None:
     """Runs one stage to its end and puts its release in place."""
     folder = RUNS / stage.name
-    command = [sys.executable, "-m", "train.run", stage.run, "--out", str(folder.relative_to(ROOT))]
+    command = [sys.executable, "-m", "train.run", stage.run, "--out", str(folder.relative_to(ROOT)), *stage.options]
     print(f"{stage.name}: {' '.join(command[1:])}", flush=True)
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
         raise ValueError(f"stage {stage.name} did not finish; see {folder}/metrics.jsonl, then run the same command again")

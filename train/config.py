@@ -7,16 +7,17 @@ from pathlib import Path
 
 from data.loader import Data
 from train.autoencoder import AutoencoderTaskConfig
-from train.decoder import DecoderTaskConfig
 from train.ema import EmaConfig
 from train.engine import EngineConfig
+from train.labelled import LabelledTaskConfig
 from train.loop import Schedule
 from train.metaquery import MetaQueryTaskConfig
 from train.metrics import MetricsConfig
 from train.optim import OptimConfig
+from train.see import SeeTaskConfig
 from train.understand import UnderstandConfig
 
-TaskConfig = MetaQueryTaskConfig | AutoencoderTaskConfig | DecoderTaskConfig | UnderstandConfig
+TaskConfig = MetaQueryTaskConfig | AutoencoderTaskConfig | LabelledTaskConfig | SeeTaskConfig | UnderstandConfig
 
 
 @dataclass(frozen=True)

@@ -36,5 +36,6 @@ def kept(config: EmaConfig, images_seen: int, images: int) -> float:
 
 @torch.no_grad()
 def follow(averages: Sequence[Tensor], weights: Sequence[Tensor], keep: float) -> None:
-    """average <- keep * average + (1 - keep) * weight, in place and fused over the list."""
-    torch._foreach_lerp_(list(averages), list(weights), 1 - keep)
+    """average <- keep * average + (1 - keep) * weight, in place."""
+    for average, weight in zip(averages, weights, strict=True):
+        average.lerp_(weight, 1 - keep)

@@ -107,7 +107,7 @@ def deepspeed_config(config: EngineConfig, *, batch_size: int, accumulation: int
         raise ValueError(f"engine.deepspeed_json: {config.deepspeed_json} is not JSON ({error})") from error
     for key in ("optimizer", "scheduler", "fp16", "amp"):
         if key in theirs:
-            raise ValueError(f"engine.deepspeed_json: {key} is not read; remove it and use the run's optim and engine settings")
+            raise ValueError(f"engine.deepspeed_json: {key} is not read; remove it and set the run's optim and engine")
     return _merged(derived, theirs, at="engine.deepspeed_json")
 
 
@@ -171,44 +171,49 @@ class Engine:
         """Count one micro-batch; on the last of a step, update on all ranks together or on none."""
         self._micro += 1
         if self._micro < self.accumulation:
-            self._engine.step()
+            self._engine.step()  # DeepSpeed only counts too
             return
-        lr = learning_rate(self.optim, self.steps, self.total_steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        # DeepSpeed reads the gradient norm here too; this adds no wait of its own.
+        # DeepSpeed waits for the device here, to read the gradient norm; reading the loss adds no wait of its own.
         loss = self.ranks.sum(self._loss).item() / (self.accumulation * self.ranks.world)
-        grad_norm = self._shards.grad_norm_before_step()
-        objection = self.guard.objection(self.config.guard, loss, grad_norm or 0.0)
-        self._optimizer.withhold = objection is not None
-        self._engine.step()
-        if grad_norm is None:
-            grad_norm = float(self._engine.get_global_grad_norm())  # inf where DeepSpeed dropped the step
-            objection = objection or self.guard.objection(self.config.guard, loss, grad_norm)
-        self.guard.record(loss, objection)
+        self.last = self._update(loss)
+        self.guard.record(loss, self.last.objection)
         self.steps += 1
-        if objection is None:
+        if self.last.objection is None:
             keep = kept(self.ema, images_seen=self.steps * self.batch_size, images=self.batch_size)
             self._shards.follow(keep)
-        self.last = Step(loss, grad_norm, lr, objection)
         self._loss.zero_()
         self._micro = 0
 
+    def _update(self, loss: float) -> Step:
+        """DeepSpeed's step at this step's learning rate, its effect withheld when the guard objects."""
+        lr = learning_rate(self.optim, self.steps, self.total_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._shards.whole_grad_norm() if self.config.zero == 0 else None
+        objection = self.guard.objection(self.config.guard, loss, norm or 0.0)
+        self._optimizer.withhold = objection is not None
+        self._engine.step()
+        if norm is None:  # known only now; infinite where DeepSpeed itself dropped the step
+            norm = float(self._engine.get_global_grad_norm())
+            objection = objection or self.guard.objection(self.config.guard, loss, norm)
+        return Step(loss, norm, lr, objection)
+
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The bare module, whole on every rank, in eval mode, holding the averaged weights; all ranks enter together."""
+        """The bare module, whole on every rank, in eval mode and float32, holding the averages; all ranks enter together."""
         mode = self.module.training
         with self._shards.whole(), torch.no_grad():
-            parameters = dict(self._shards.trained)
-            own = {name: p.detach().clone() for name, p in parameters.items()}
-            for name, p in parameters.items():
-                p.copy_(self._shards.gather(p, "average"))
+            averages = {id(p): self._shards.gather(p, "average").float() for _, p in self._shards.trained}
+            state = [*self.module.parameters(), *self.module.buffers()]
+            own = [tensor.data for tensor in state]
+            for tensor in state:  # exchanged, not copied into: DeepSpeed's flat buffers behind them stay as they are
+                tensor.data = averages.get(id(tensor), tensor.data.float() if tensor.is_floating_point() else tensor.data)
             self.module.eval()
             try:
                 yield self.module
             finally:
-                for name, p in parameters.items():
-                    p.copy_(own[name])
+                for tensor, data in zip(state, own, strict=True):
+                    tensor.data = data
                 self.module.train(mode)
 
     def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
@@ -305,10 +310,8 @@ class _Shards:
         for flat in self.flats:
             self.optimizer.state[flat]["step"].fill_(step)
 
-    def grad_norm_before_step(self) -> float | None:
-        """The norm of the reduced gradient at stage 0; the other stages tell it only after their step."""
-        if self.stage > 0:
-            return None
+    def whole_grad_norm(self) -> float:
+        """The norm of the reduced gradient at stage 0, where DeepSpeed clips by it but does not tell it."""
         grads = [p.grad for _, p in self.trained if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads).item()
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sample.files import write_whole
 from train import checkpoint
 from train.guard import Diverged
@@ -142,6 +144,8 @@ def _line(task: Task, window: Window, clock: _Clock, samples: int, batch_size: i
         if engine.last is not None:
             line |= {f"{prefix}grad_norm": engine.last.grad_norm, f"{prefix}lr": engine.last.lr}
         line[f"{prefix}refused"] = engine.guard.refused
+    for name, count in task.counts().items():
+        line[name] = int(ranks.sum(torch.tensor(count, device=ranks.device)))
     return line | clock.read(batch_size)
 
 

@@ -82,6 +82,10 @@ class MetaQueryTask(Task):
         self.engine.step()
         return {"loss": loss.detach()}
 
+    def counts(self) -> dict[str, int]:
+        """Samples that could not be used and were replaced."""
+        return {"rejected": self.loader.rejects.total()}
+
     def preview(self, folder: Path, step: int) -> None:
         """One sheet per call: previews/step-00000500.png."""
         if not self.previews.prompts:
@@ -92,10 +96,9 @@ class MetaQueryTask(Task):
 
     def release(self, folder: Path) -> None:
         """The averaged weights as a release folder."""
-        averages = dict(self.engine.tensors("average"))
         with self.engine.averaged():
             if self.ranks.first:
-                save(folder, self.model, averages)
+                save(folder, self.model)
 
 
 def start(model: MetaQuery, release: Path) -> None:

@@ -41,7 +41,7 @@ class AdamW(torch.optim.AdamW):
     withhold = False
 
     @torch.no_grad()
-    def step(self, closure=None):  # noqa: ANN001, ANN201 (torch's signature)
+    def step(self, closure=None):
         """One update, or none while `withhold` is set."""
         return None if self.withhold else super().step(closure)
 
@@ -67,18 +67,16 @@ def split(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     Without are norms and biases (one axis), embeddings and free vectors such as the queries and position tables
     (a parameter not named `weight`), and tables that modulate.
     """
-    decayed, free = [], []
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    seen: set[int] = set()  # tied parameters appear under several owners; the first one decides
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                is_matrix = name == "weight" and parameter.ndim >= 2 and not isinstance(owner, nn.Embedding)
-                (decayed if is_matrix else free).append(parameter)
-    return _once(decayed), _once(free)
-
-
-def _once(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Tied parameters appear under several owners and are trained once."""
-    return list({id(p): p for p in parameters}.values())
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                axes = sum(size > 1 for size in parameter.shape)  # a norm's gain may be [1, 1, D]
+                is_matrix = name == "weight" and axes >= 2 and not isinstance(owner, nn.Embedding)
+                groups[is_matrix].append(parameter)
+    return groups[True], groups[False]
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """A built task. Subclass it: `preview` and `release` do nothing unless overridden."""
+    """A built task. Subclass it: `counts`, `preview` and `release` do nothing unless overridden."""
 
     engines: Mapping[str, Engine]
     """The trained modules by a short name; names become file names in the checkpoint."""
@@ -36,6 +36,10 @@ class Task(Protocol):
         Keep the scalars on their device: the loop reads them every `log_every` steps. Keys are the same on all ranks.
         """
         ...
+
+    def counts(self) -> dict[str, int]:
+        """What this rank has counted since it started, summed over ranks in each log line; same keys on all ranks."""
+        return {}
 
     def preview(self, folder: Path, step: int) -> None:
         """Draw or answer fixed examples with the averaged weights. Called on every rank; only rank 0 writes."""

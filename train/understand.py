@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,31 +18,27 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from data.address import draw
 from data.batch import ChatBatch, ChatCollate
-from data.loader import Data, Loader, World
-from data.records import Conversation
-from data.world.conversations import Shares, conversation
+from data.loader import Loader
+from data.world.conversations import Shares
 from model.assets import locate
 from model.embedded import EmbeddedConfig, make, save
 from model.files import dump_config
 from model.mllm import MLLMConfig, load
-from model.prefix import DRAW_SYSTEM, IGNORED, Prefix, Turn
+from model.prefix import IGNORED, Prefix
 from model.qwen import Qwen2_5_VL, arguments
+from model.vision import batch_equal_pictures
 from sample.measures import show, write_json
 from sample.world_answers import exams, understanding
 from train.engine import Engine, micro_batch_size
 from train.ranks import Ranks
+from train.talk import GroupCollate, Talk, only_world, training_text
 from train.task import Task, engine_for
 
 if TYPE_CHECKING:
     from train.config import Run
-
-SYMBOLS = ((0x2600, 0x27BF), (0x1F300, 0x1FAFF))  # code points whose Unicode names the tokenizer learns to spell
-GREETING = ("You are a helpful assistant.", "Hello! What can you do? I look at pictures and answer questions.")
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,8 @@ class UnderstandConfig:
     """eager is the faster one for small models on a CPU, sdpa for large ones on a GPU."""
     shares: Shares | None = None
     """Talk about the generated world in these shares only. None: whatever data.sources hold."""
+    equal_pictures: bool = True
+    """All pictures have one size, as the generated world's do; then the vision tower runs twice as fast."""
     max_answers: int = 4
     """Longer conversations are cut after so many."""
     group: int = 4
@@ -82,6 +79,8 @@ class UnderstandConfig:
         if not isinstance(mllm, Qwen2_5_VL):
             raise ValueError(f"task.init {source} is a {type(mllm).__name__}; this task trains Qwen2.5-VL only")
         mllm.model.set_attn_implementation(self.attention)
+        if self.equal_pictures:
+            batch_equal_pictures(mllm.model.model.visual)
         choose_trainable(mllm.model, self.trainable)
         speaker = Speaker(mllm.model).train()
         collate = GroupCollate(ChatCollate(mllm.builder), self.group, self.max_answers, run.seed)
@@ -90,7 +89,7 @@ class UnderstandConfig:
             groups = Loader(run.data, collate, size * self.group, ranks.rank, ranks.world, run.seed)
         else:
             rows = range(ranks.rank, size * self.group * ranks.world, ranks.world)
-            groups = Talk(_only_world(run.data), self.shares, collate, rows, run.data)
+            groups = Talk(only_world(run.data), self.shares, collate, rows, run.data)
         return UnderstandTask(speaker, engine_for(speaker, run, ranks), groups, size, source, run, ranks)
 
     def _source(self, run: Run, ranks: Ranks) -> Path:
@@ -134,16 +133,13 @@ class Speaker(nn.Module):
 
     def forward(self, prefix: Prefix, said: Tensor) -> Tensor:
         """Prefix and which of its tokens are answers [B, P] bool -> logits [N, V] of those, row by row."""
-        device = prefix.ids.device.type
-        rounded = self.whole.dtype == torch.bfloat16  # then autocast has nothing to round; it would only slow down
-        with torch.autocast(device, torch.bfloat16, enabled=torch.is_autocast_enabled(device) and not rounded):
-            states = self.model(**arguments(prefix), use_cache=False).last_hidden_state  # [B, P, D]
-            if prefix.pixels is None:  # every rank uses the same parameters, or ZeRO's collectives would not meet
-                states = states + 0 * self._see_nothing(states.device)
-            states = states[:, :-1][said[:, 1:]]  # [N, D]; a token is predicted from the one before it
-            if self.lm_head is not None:
-                return self.lm_head(states)
-            return F.linear(states, self.model.get_input_embeddings().weight)
+        states = self.model(**arguments(prefix), use_cache=False).last_hidden_state  # [B, P, D]
+        if prefix.pixels is None:  # every rank uses the same parameters, or ZeRO's collectives would not meet
+            states = states + 0 * self._see_nothing(states.device)
+        states = states[:, :-1][said[:, 1:]]  # [N, D]; a token is predicted from the one before it
+        if self.lm_head is not None:
+            return self.lm_head(states)
+        return F.linear(states, self.model.get_input_embeddings().weight)
 
     def _see_nothing(self, device: torch.device) -> Tensor:
         """The mean over what the vision tower makes of the smallest picture, []."""
@@ -153,7 +149,7 @@ class Speaker(nn.Module):
         grids = torch.tensor([[1, side, side]], device=device)
         return torch.cat(list(self.model.get_image_features(pixels, grids, return_dict=True).pooler_output)).mean()
 
-    def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202 (torch's signature)
+    def _apply(self, fn, recurse=True):
         """Moves and rounds as any module, but keeps buffers in float32: rounded rotary frequencies would teach the
         model positions that it does not have when it is loaded."""
         kept = {name: buffer.detach().clone() for name, buffer in self.named_buffers()}
@@ -219,58 +215,6 @@ class UnderstandTask(Task):
                 save(folder, speaker.whole, self.source)
 
 
-@dataclass(frozen=True)
-class GroupCollate:
-    """Conversation records -> `batches` batches, each of conversations about as long as each other."""
-
-    chat: ChatCollate
-    batches: int
-    max_answers: int
-    seed: int
-
-    def check(self, record: Conversation) -> None:
-        """BadSample where what is left of it after the cut cannot be read."""
-        self.chat.check(self._cut(record))
-
-    def __call__(self, records: Sequence[Conversation], indices: Sequence[int]) -> list[ChatBatch]:
-        cut = [self._cut(record) for record in records]
-        order, size = list(range(len(cut))), len(cut) // self.batches
-        if self.batches > 1:
-            order.sort(key=lambda row: _length(cut[row]))
-        parts = [order[start : start + size] for start in range(0, len(order), size)]
-        parts.sort(key=lambda part: draw(self.seed, "group", min(indices[row] for row in part)))  # short ones not first
-        return [self.chat([cut[row] for row in part], [indices[row] for row in part]) for part in parts]
-
-    def _cut(self, record: Conversation) -> Conversation:
-        answers = [place for place, turn in enumerate(record.turns) if turn.role == "assistant"]
-        end = answers[: self.max_answers][-1] + 1
-        return replace(record, turns=record.turns[:end])
-
-
-class Talk(Dataset[list[ChatBatch]]):
-    """Groups of batches of generated conversations in given shares; set `samples` to go on from there, as with a Loader."""
-
-    def __init__(self, world: World, shares: Shares, collate: GroupCollate, rows: range, data: Data) -> None:
-        self.samples = 0
-        self._world, self._shares, self._collate, self._rows = world, shares, collate, rows
-        self._size, self._workers = data.image_size, data.workers
-
-    def __getitem__(self, position: int) -> list[ChatBatch]:
-        numbers = [position + row for row in self._rows]
-        return self._collate([Conversation(str(number), self._turns(number)) for number in numbers], numbers)
-
-    def __iter__(self) -> Iterator[list[ChatBatch]]:
-        """Groups from `samples` on, prepared by the config's workers."""
-        positions = itertools.count(self.samples, self._rows.stop)
-        generator = torch.Generator().manual_seed(0)  # DataLoader would draw from the global stream otherwise
-        yield from DataLoader(
-            self, batch_size=None, sampler=positions, num_workers=self._workers, collate_fn=_unchanged, generator=generator
-        )
-
-    def _turns(self, number: int) -> tuple[Turn, ...]:
-        return conversation(self._world.seed, number, self._world.split, size=self._size, shares=self._shares)
-
-
 def choose_trainable(model: nn.Module, patterns: Sequence[str]) -> None:
     """Let exactly the parameters train whose name matches a pattern. Raises ValueError for a pattern that matches none."""
     names = [name for name, _ in model.named_parameters()]
@@ -279,27 +223,3 @@ def choose_trainable(model: nn.Module, patterns: Sequence[str]) -> None:
             raise ValueError(f"task.trainable {pattern!r} matches no parameter; there are {', '.join(names[::40])}, ...")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
-
-
-def training_text(conversations: int) -> Iterator[str]:
-    """What the tokenizer of a fresh model should spell well: the world's words, the names of emoji, common courtesies."""
-    for index in range(conversations):
-        yield from (turn.text for turn in conversation(1, index, size=8))
-    for first, last in SYMBOLS:
-        yield from (name.lower() for code in range(first, last) if (name := unicodedata.name(chr(code), "")))
-    yield from (DRAW_SYSTEM, *GREETING) * 20
-
-
-def _length(record: Conversation) -> int:
-    """Near the number of its tokens: about one per word, five in the frame of a turn, sixteen or more in an image."""
-    return sum(len(turn.text.split()) + 6 + 18 * len(turn.images) for turn in record.turns)
-
-
-def _only_world(data: Data) -> World:
-    if len(data.sources) != 1 or not isinstance(data.sources[0], World):
-        raise ValueError("task.shares need the generated world as the one of data.sources; leave task.shares at None for others")
-    return data.sources[0]
-
-
-def _unchanged(group: list[ChatBatch]) -> list[ChatBatch]:
-    return group

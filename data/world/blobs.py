@@ -8,6 +8,7 @@ between two names or of many, is a blob too.
 Shape letters: H W pixels, K palette colours.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,7 +88,7 @@ def like_around(names: np.ndarray) -> np.ndarray:
 
 
 def grow(owner: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """Spreads labels over allowed pixels, one pixel at a time, until nothing changes or a sixth of the picture is crossed."""
+    """Spreads labels over allowed pixels, one pixel at a time, at most a sixth of the picture far."""
     for _ in range(max(owner.shape) // 6):
         grown = np.where(allowed, widen(owner), 0)
         if np.array_equal(grown, owner):
@@ -123,7 +124,7 @@ def unite(pixels: np.ndarray, owner: np.ndarray) -> np.ndarray:
     new = np.arange(len(areas))
     for (a, b), length in zip(edges.tolist(), lengths.tolist(), strict=True):
         colours = [np.median(pixels[owner == k], axis=0) for k in (a, b)]
-        if length > np.sqrt(min(areas[a], areas[b])) / 2 and np.linalg.norm(colours[0] - colours[1]) < ONE_COLOUR:
+        if length > math.sqrt(min(areas[a], areas[b])) / 2 and np.linalg.norm(colours[0] - colours[1]) < ONE_COLOUR:
             new[new == new[b]] = new[a]
     return new[owner]
 

@@ -81,9 +81,7 @@ def keeps_rules(scene: Scene, split: str) -> bool:
 def stands_free(things: tuple[Object, ...]) -> bool:
     """Whether the circles around objects keep GAP from each other and from the border."""
     inside = all(t.radius + GAP <= c + 1e-9 and c <= 1 - t.radius - GAP + 1e-9 for t in things for c in (t.x, t.y))
-    return inside and all(
-        math.hypot(a.x - b.x, a.y - b.y) >= a.radius + b.radius + GAP for a, b in combinations(things, 2)
-    )
+    return inside and all(math.hypot(a.x - b.x, a.y - b.y) >= a.radius + b.radius + GAP for a, b in combinations(things, 2))
 
 
 def mask(before: Scene, after: Scene, size: int = 64) -> np.ndarray:
@@ -126,8 +124,9 @@ def _recolour(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Scene]]:
 
 def _add(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Scene]]:
     """Next to an object in a stated relation, where that can be; else anywhere."""
-    anchors = [*_named(scene, rng), None]
-    for anchor in anchors:
+    if len(scene.objects) >= 4:  # no split has room for one more
+        return
+    for anchor in [*_named(scene, rng), None]:
         for _ in range(20):
             colour, shape, size = rng.choice(sorted(COLOURS)), rng.choice(SHAPES), rng.choice(sorted(SIZES))
             spot = free_spot(list(scene.objects), SIZES[size], rng)
@@ -161,10 +160,10 @@ def _move(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Scene]]:
             link = relation(moved, anchor)
             if link not in (None, relation(thing, anchor)) and _distance(thing, moved) >= FAR:
                 yield _to_place(link, words, name, rng), _swapped_in(scene, {thing: moved})
-        near, far = thing.radius + GAP, 1 - thing.radius - GAP
-        corners = [("top left", near, near), ("top right", far, near), ("bottom left", near, far), ("bottom right", far, far)]
-        for corner, x, y in rng.sample(corners, len(corners)):
-            moved = replace(thing, x=round(x, 4), y=round(y, 4))
+        corners = [f"{row} {column}" for row in ("top", "bottom") for column in ("left", "right")]
+        for corner in rng.sample(corners, 4):
+            near, far = round(thing.radius + GAP, 4), round(1 - thing.radius - GAP, 4)
+            moved = replace(thing, x=near if "left" in corner else far, y=near if "top" in corner else far)
             if _distance(thing, moved) >= FAR:
                 yield f"move {words} to the {corner} corner", _swapped_in(scene, {thing: moved})
 

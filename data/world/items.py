@@ -44,7 +44,9 @@ def in_order(make: Maker, n: int, workers: int) -> Iterator[Iterator[Item]]:
     if workers == 0:
         yield map(make, range(n))
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    methods = multiprocessing.get_all_start_methods()
+    method = "fork" if "fork" in methods else "spawn"  # fork spares each process the import of torch, which none uses
+    with multiprocessing.get_context(method).Pool(workers) as pool:
         yield pool.imap(make, range(n), CHUNK)
 
 

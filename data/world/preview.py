@@ -10,7 +10,7 @@ from data.world.edits import make_edit, mask
 from data.world.render import render
 from data.world.scene import make_scene, random_for
 
-MARGIN, LINES, LINE = 8, 4, 13  # pixels, lines of text under a picture, pixels a line
+MARGIN, LINES, LINE = 8, 6, 13  # pixels, lines of text under a picture, pixels a line
 
 
 def preview(seed: int, split: str, task: str, n: int, size: int, columns: int) -> Image.Image:
@@ -36,4 +36,6 @@ def _scene(seed: int, index: int, split: str, size: int) -> tuple[np.ndarray, st
 def _edit(seed: int, index: int, split: str, size: int) -> tuple[np.ndarray, str]:
     edit = make_edit(seed, index, split)
     changed = np.repeat(mask(edit.before, edit.after, size)[..., None], 3, axis=2).astype(np.uint8) * 255
-    return np.concatenate([render(edit.before, size), render(edit.after, size), changed], 1), edit.instruction
+    gap = np.full((size, MARGIN // 2, 3), 255, np.uint8)
+    strip = [render(edit.before, size), gap, render(edit.after, size), gap, changed]
+    return np.concatenate(strip, 1), edit.instruction

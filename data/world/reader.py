@@ -102,36 +102,46 @@ def grain(image: np.ndarray) -> float:
 
 def identify(blob: Blob, size: int) -> Found:
     """Names a blob of a picture with `size` pixels a side."""
-    shape, shape_score, x, y, radius = fit_shape(blob)
+    fit = fit_shape(blob.coverage)
     colour, colour_score = nearest_word(blob.colour, COLOURS)
-    word, size_score = nearest_size(radius / size)
+    word, size_score = nearest_size(fit.radius / size)
     return Found(
-        shape if shape_score >= CLAIMED else UNCLEAR,
+        fit.shape if fit.score >= CLAIMED else UNCLEAR,
         colour,
         word,
-        (blob.left + x) / size,
-        (blob.top + y) / size,
-        radius / size,
-        min(shape_score, colour_score, size_score),
+        (blob.left + fit.x) / size,
+        (blob.top + fit.y) / size,
+        fit.radius / size,
+        min(fit.score, colour_score, size_score),
     )
 
 
-def fit_shape(blob: Blob) -> tuple[str, float, float, float, float]:
-    """The shape that fits a blob best, its score, its centre in the blob's window and its radius, in pixels.
+@dataclass(frozen=True)
+class Fit:
+    """The shape nearest to a blob, how sure it is, and its centre in the blob's window and radius, in pixels."""
+
+    shape: str
+    score: float
+    x: float
+    y: float
+    radius: float
+
+
+def fit_shape(coverage: np.ndarray) -> Fit:
+    """Compares coverage [h, w] with all shapes of its area and centre.
 
     The score is the lower of two: the fit, from the root of the squared differences e1 over the shape's area; and the
     margin (e2 - e1) / d to another shape, with d the squared distance between the two: 1 on the best shape, 0 half way.
     """
-    a = blob.coverage
-    drawn, x, y, radii = _candidates(a)  # drawn [3, S, h, w]
-    misfits = ((drawn - a) ** 2).sum((2, 3))  # [3, S]
-    softness, best = np.unravel_index(misfits.argmin(), misfits.shape)
-    row = misfits[softness]
+    drawn, x, y, radii = _candidates(coverage)  # drawn [3, S, h, w]
+    differences = ((drawn - coverage) ** 2).sum((2, 3))  # [3, S]
+    softness, best = np.unravel_index(differences.argmin(), differences.shape)
+    to_each = differences[softness]  # [S]
     apart = ((drawn[softness] - drawn[softness, best]) ** 2).sum((1, 2))  # [S]
-    apart[best] = np.inf
-    margin = np.delete((row - row[best]) / np.maximum(apart, 1e-6), best).min()
-    misfit = math.sqrt(row[best] / max(float((drawn[softness, best] ** 2).sum()), 1e-6))
-    return SHAPES[best], max(0.0, min(1 - misfit / (2 * MISFIT), float(margin))), float(x[best]), float(y[best]), float(radii[best])
+    margin = float(np.delete((to_each - to_each[best]) / np.maximum(apart, 1e-6), best).min())
+    misfit = math.sqrt(to_each[best] / max(float((drawn[softness, best] ** 2).sum()), 1e-6))
+    score = max(0.0, min(1 - misfit / (2 * MISFIT), margin))
+    return Fit(SHAPES[best], score, float(x[best]), float(y[best]), float(radii[best]))
 
 
 def nearest_word(colour: np.ndarray, words: dict[str, tuple[int, int, int]]) -> tuple[str, float]:
@@ -154,15 +164,15 @@ def nearest_size(radius: float) -> tuple[str, float]:
     return (word if score >= CLAIMED else UNCLEAR), score
 
 
-def _candidates(a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """All shapes with the mass and centroid of a [h, w], drawn sharp and softened twice: [3, S, h, w]; x, y, radius [S]."""
+def _candidates(coverage: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """All shapes of coverage's [h, w] mass and centroid, drawn sharp and softened twice: [3, S, h, w]; x, y, radius [S]."""
     tables, areas, centroids = _tables()
-    h, w = a.shape
-    mass = max(float(a.sum()), 1.0)
+    h, w = coverage.shape
+    mass = max(float(coverage.sum()), 1.0)
     across, down = np.arange(w) + 0.5, np.arange(h) + 0.5
     radii = np.sqrt(mass / areas)  # [S]
-    x = (a.sum(0) @ across) / mass - centroids[:, 0] * radii
-    y = (a.sum(1) @ down) / mass - centroids[:, 1] * radii
+    x = (coverage.sum(0) @ across) / mass - centroids[:, 0] * radii
+    y = (coverage.sum(1) @ down) / mass - centroids[:, 1] * radii
     columns, rows = _entry((across - x[:, None]) / radii[:, None]), _entry((down - y[:, None]) / radii[:, None])
     distance = tables[np.arange(len(SHAPES))[:, None, None], rows[:, :, None], columns[:, None, :]]
     sharp = np.clip(0.5 - distance * radii[:, None, None].astype(np.float32), 0, 1)
@@ -187,7 +197,7 @@ def _entry(radii: np.ndarray) -> np.ndarray:
 
 @cache
 def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Signed distances of all shapes [S, T, T] over a fine grid in radii; from them areas [S] and centroids (x, y) [S, 2]."""
+    """Signed distances of all shapes [S, T, T] over a fine grid in radii; their areas [S] and centroids (x, y) [S, 2]."""
     grid = np.arange(-EXTENT, EXTENT + 0.5 / RESOLUTION, 1 / RESOLUTION).astype(np.float32)  # [T]
     tables = np.stack([np.asarray(signed_distance(shape, grid[None], grid[:, None]), np.float32) for shape in SHAPES])
     inside = np.clip(0.5 - tables * RESOLUTION, 0, 1)
@@ -198,10 +208,11 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _working_pixels(image: np.ndarray) -> np.ndarray:
     """Checks a picture and averages a large one down: float32 [H, W, 3] with H below 128."""
+    got = f"got {image.dtype} {list(image.shape)}"
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image: needs uint8 RGB [H, W, 3], got {image.dtype} {list(image.shape)}; convert it first")
+        raise ValueError(f"image: needs uint8 RGB [H, W, 3], {got}; convert it first")
     if image.shape[0] != image.shape[1] or image.shape[0] < LEAST_SIZE:
-        raise ValueError(f"image: needs a square of at least {LEAST_SIZE} pixels, got {list(image.shape[:2])}; resize it first")
+        raise ValueError(f"image: needs a square of at least {LEAST_SIZE} pixels a side, {got}; resize it first")
     factor = image.shape[0] // WORKING_SIZE
     if factor > 1:
         image = np.asarray(Image.fromarray(image).reduce(factor))

@@ -66,7 +66,13 @@ def _triangle() -> np.ndarray:
 
 def _star() -> np.ndarray:
     angles = [math.pi * k / 5 - math.pi / 2 for k in range(10)]
-    return np.array([((1.0 if k % 2 == 0 else 0.45) * math.cos(a), (1.0 if k % 2 == 0 else 0.45) * math.sin(a)) for k, a in enumerate(angles)], np.float32)
+    return np.array(
+        [
+            ((1.0 if k % 2 == 0 else 0.45) * math.cos(a), (1.0 if k % 2 == 0 else 0.45) * math.sin(a))
+            for k, a in enumerate(angles)
+        ],
+        np.float32,
+    )
 
 
 _POLYGONS = {"triangle": _triangle(), "star": _star()}

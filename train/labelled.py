@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
 from data.world.labels import Withhold, encode, labels_config
-from model.decoder import save_sit
+from model.decoder import load_sit, save_sit
+from model.files import match, read_tensors, write_tensors
 from model.labels import Labels
 from model.noise import FlowConfig, NoiseConfig, build_noising, noise
 from model.sit import SiT, SiTConfig
@@ -33,25 +34,31 @@ from train.task import Task, engine_for
 if TYPE_CHECKING:
     from train.config import Run
 
+LABELS_FILE = "labels.safetensors"
+
 
 @dataclass(frozen=True)
-class DecoderTaskConfig:
+class LabelledTaskConfig:
     """A SiT on the latents of a frozen VAE, told scenes of the world."""
 
     sit: SiTConfig
     vae: VAEConfig
     noise: NoiseConfig = field(default_factory=FlowConfig)
     withhold: Withhold = field(default_factory=Withhold)
+    init: Path | None = None
+    """The release of an earlier run of the same shape to go on from. None: fresh weights."""
 
-    def build(self, run: Run, ranks: Ranks) -> DecoderTask:
+    def build(self, run: Run, ranks: Ranks) -> LabelledTask:
         """Load the VAE, make SiT and labels, hand both to one engine."""
         if run.data.task != "labelled":
             raise ValueError(f"data.task is {run.data.task}; a labelled decoder learns from labelled pictures")
         module = LabelledSiT(self.sit)
+        if self.init is not None:
+            module.start(self.init)
         size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
         loader = Loader(run.data, LabelledCollate(run.data.image_size), size, ranks.rank, ranks.world, run.seed)
         vae = load_vae(self.vae).to(ranks.device)
-        return DecoderTask(self, module, vae, engine_for(module, run, ranks), loader, run.seed, ranks)
+        return LabelledTask(self, module, vae, engine_for(module, run, ranks), loader, run.seed, ranks)
 
 
 class LabelledSiT(nn.Module):
@@ -66,12 +73,25 @@ class LabelledSiT(nn.Module):
         """words [B, L, K], places [B, L, 3], x_t [B, c, h, w], t [B] -> prediction [B, c, h, w]."""
         return self.sit(x_t, t, self.labels(words, places)).prediction
 
+    def start(self, release: Path) -> None:
+        """Take over what `release` wrote. Raises ValueError when a file is missing or of another shape."""
+        tensors = read_tensors(release / LABELS_FILE)
+        match(tensors, self.labels.state_dict(), release / LABELS_FILE)
+        self.labels.load_state_dict(tensors)
+        self.sit.load_state_dict(load_sit(str(release)).state_dict())
 
-class DecoderTask(Task):
+
+class LabelledTask(Task):
     """Trains SiT and the label embedding; the VAE is only read."""
 
     def __init__(
-        self, config: DecoderTaskConfig, module: LabelledSiT, vae: LatentVAE, engine: Engine, loader: Loader, seed: int,
+        self,
+        config: LabelledTaskConfig,
+        module: LabelledSiT,
+        vae: LatentVAE,
+        engine: Engine,
+        loader: Loader,
+        seed: int,
         ranks: Ranks,
     ) -> None:
         self.config, self.module, self.vae, self.engine, self.loader = config, module, vae, engine, loader
@@ -91,7 +111,8 @@ class DecoderTask(Task):
         t = self.noising.times(batch.index, self.seed).to(device)  # [B]
         eps = noise(batch.index, self.seed, self.latent_shape).to(device)  # [B, c, h, w]
         words, places = self._told(batch, self.config.withhold)
-        x0 = self.vae.encode(batch.pixels.to(device))  # [B, c, h, w]
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.engine.config.precision != "fp32"):
+            x0 = self.vae.encode(batch.pixels.to(device))  # [B, c, h, w]
         prediction = self.engine(words, places, self.noising.mix(x0, eps, t), t)  # [B, c, h, w]
         loss = squared_error(prediction, self.noising.target(x0, eps, t)).mean()
         self.engine.backward(loss)
@@ -108,14 +129,17 @@ class DecoderTask(Task):
             words, places = (part[rows] for part in self._told(batch, Withhold(0, 0, 0, 0, 0, 0)))
             condition = self.module.labels(words, places)  # [8, L, C]
             start = noise(batch.index[rows], self.seed + 1, self.latent_shape).to(self.ranks.device)
-            drawn = solve(lambda x, t: self.module.sit(x.to(condition.dtype), t, condition).prediction, start, 16, self.noising)
+            drawn = solve(
+                lambda x, t: self.module.sit(x.to(condition.dtype), t, condition).prediction, start, 16, self.noising
+            )
             compare(batch.pixels[rows], self.vae.decode(drawn), ("picture", "drawn"), folder / f"step-{step:08d}.png")
 
     def release(self, folder: Path) -> None:
-        """The averaged SiT, as `model.decoder.load_sit` reads it."""
+        """The averaged SiT, as `model.decoder.load_sit` reads it, and the label embedding beside it."""
         with self.engine.averaged():
             if self.ranks.first:
                 save_sit(folder, self.module.sit)
+                write_tensors(folder / LABELS_FILE, self.module.labels.state_dict())
 
     def _told(self, batch: LabelledBatch, withhold: Withhold) -> tuple[Tensor, Tensor]:
         """Words [B, L, K] and places [B, L, 3] of a batch of scenes."""

@@ -1,0 +1,129 @@
+"""The loop on a real task: an interrupted run ends where a straight one does; bad steps are counted, then stop it."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from tests.toy import BATCH, STEPS, Toy
+from train import checkpoint
+from train.engine import EngineConfig
+from train.guard import Diverged, GuardConfig
+from train.loop import Schedule, fit
+from train.metrics import MetricsConfig
+from train.ranks import start
+
+CONFIG = EngineConfig(zero=1, precision="fp32", guard=GuardConfig(stop_after=3))
+SCHEDULE = Schedule(steps=STEPS, batch_size=BATCH, log_every=1, save_every=2)
+
+
+def train(folder, task: Toy | None = None, resume: str = "auto", **changes) -> bool:
+    ranks = start(60)
+    schedule = Schedule(**{**SCHEDULE.__dict__, **changes})
+    task = task or Toy(ranks, CONFIG)
+    settings = {"schedule": {"steps": schedule.steps}, "resume": resume}
+    return fit(task, schedule, seed=0, folder=folder, config=settings, resume=resume, metrics=MetricsConfig(), ranks=ranks)
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(folder, step: int = STEPS) -> tuple:
+    """Everything a checkpoint holds but the config: hashes of all tensors, counters, positions."""
+    manifest = checkpoint.verify(folder / "checkpoints" / f"step-{step:08d}")
+    return manifest.sha256, manifest.counters, manifest.step, manifest.samples
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    assert train(folder)
+    return folder
+
+
+class Crash(Exception):
+    """Stands for the power cut."""
+
+
+class Crashing(Toy):
+    """Dies in front of the batch that starts with this sample."""
+
+    at = 5 * BATCH
+
+    def step(self, batch):
+        if batch[0] == self.at:
+            raise Crash
+        return super().step(batch)
+
+
+def test_crash_and_resume_equals_straight(straight, tmp_path):
+    with pytest.raises(Crash):
+        train(tmp_path, Crashing(start(60), CONFIG))
+    assert checkpoint.verify(tmp_path / "checkpoints" / "step-00000004").samples == 4 * BATCH
+    assert train(tmp_path)
+    assert state(tmp_path) == state(straight)
+    steady = [[line.get(key) for key in ("step", "loss", "grad_norm", "lr")] for line in lines(tmp_path)]
+    assert steady == [[line.get(key) for key in ("step", "loss", "grad_norm", "lr")] for line in lines(straight)]
+    assert (tmp_path / "release" / "net.pt").read_bytes() == (straight / "release" / "net.pt").read_bytes()
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(straight, tmp_path, capsys):
+    class Signalled(Toy):
+        def step(self, batch):
+            if batch[0] == 2 * BATCH:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(batch)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert not train(tmp_path, Signalled(start(60), CONFIG), save_every=100)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "stopped, signal SIGTERM" in capsys.readouterr().out
+    assert not (tmp_path / "release").exists()
+    assert train(tmp_path)
+    assert state(tmp_path) == state(straight)
+
+
+def test_finished_run_only_writes_its_release(straight, tmp_path):
+    train(tmp_path)
+    saved = state(tmp_path)
+    (tmp_path / "release" / "net.pt").unlink()
+    assert train(tmp_path, resume="must")
+    assert (tmp_path / "release" / "net.pt").exists()
+    assert state(tmp_path) == saved
+
+
+def test_changed_settings_are_told(tmp_path, capsys):
+    train(tmp_path, steps=2)
+    train(tmp_path, steps=4)
+    assert "changed since the checkpoint: schedule.steps: 2 -> 4" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run.json").read_text())["schedule"]["steps"] == 4
+
+
+def test_bad_steps_are_skipped_counted_and_logged(tmp_path):
+    task = Toy(start(60), CONFIG, poison=frozenset({BATCH, 2 * BATCH}))
+    assert train(tmp_path, task)
+    events = [line for line in lines(tmp_path) if line.get("event") == "refused"]
+    assert [(event["step"], event["samples"], event["reason"]) for event in events] == [
+        (2, f"{BATCH}-{2 * BATCH - 1}", "loss is nan"),
+        (3, f"{2 * BATCH}-{3 * BATCH - 1}", "loss is nan"),
+    ]
+    logged = {line["step"]: line for line in lines(tmp_path) if "lr" in line}
+    assert [logged[step]["refused"] for step in range(1, STEPS + 1)] == [0, 1, 2, 2, 2, 2]
+    assert "loss" not in logged[2]
+    assert "loss" in logged[4]
+
+
+def test_bad_steps_in_a_row_stop_the_run(tmp_path):
+    task = Toy(start(60), CONFIG, poison=frozenset({1 * BATCH, 2 * BATCH, 3 * BATCH}))
+    with pytest.raises(Diverged, match=r"3 steps in a row were refused up to step 4 \(loss is nan\)"):
+        train(tmp_path, task)
+    assert state(tmp_path, step=2)[2] == 2  # saved before it went wrong
+    assert task.engine.steps == 4
+
+
+@pytest.mark.parametrize("field", ["steps", "batch_size", "accumulation", "log_every", "save_every", "keep"])
+def test_impossible_schedule_is_named(field):
+    with pytest.raises(ValueError, match=f"schedule.{field}"):
+        Schedule(**{field: 0})

@@ -1,0 +1,100 @@
+"""The tasks that make the world's own parts: each trains, releases what the next one loads, and resumes."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL
+
+from configs import world
+from data.loader import Data, World
+from model.decoder import load_sit
+from model.files import dump_config, read_json
+from model.mllm import MLLMConfig, load
+from model.vae import VAEConfig, load_vae
+from train.autoencoder import AutoencoderTaskConfig
+from train.config import Run
+from train.engine import EngineConfig
+from train.labelled import LabelledTaskConfig
+from train.loop import Schedule, fit
+from train.ranks import start
+from train.see import SeeTaskConfig
+
+SHORT = Schedule(steps=3, batch_size=4, log_every=1, save_every=2)
+FP32 = EngineConfig(zero=1, precision="fp32")
+
+
+def train(run: Run) -> None:
+    ranks = start(run.engine.timeout_seconds)
+    torch.manual_seed(run.seed)
+    task = run.task.build(run, ranks)
+    assert fit(
+        task,
+        run.schedule,
+        seed=run.seed,
+        folder=run.folder,
+        config=dump_config(run),
+        resume="auto",
+        metrics=run.metrics,
+        ranks=ranks,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A VAE of the world, trained for three steps."""
+    folder = tmp_path_factory.mktemp("parts")
+    task = AutoencoderTaskConfig(channels=(8, 8), latent_channels=4, layers_per_block=1, groups=4, attention=False)
+    data = Data(sources=(World(),), task="labelled", image_size=16)
+    train(Run("vae", task, data, SHORT, engine=FP32, out=folder / "vae"))
+    return folder
+
+
+def test_the_vae_loads_in_diffusers_and_gives_latents_of_unit_variance(folder):
+    release = folder / "vae" / "release"
+    stock = AutoencoderKL.from_pretrained(release)
+    assert len(stock.config.latents_mean) == 4
+    pixels = next(tiny_batches(folder)).pixels
+    latents = load_vae(VAEConfig(str(release))).encode(pixels)
+    assert 0.5 < latents.std() < 2
+
+
+def test_a_labelled_sit_trains_goes_on_and_is_loaded_as_a_decoder(folder):
+    task = LabelledTaskConfig(sit=tiny.sit_config(), vae=VAEConfig(str(folder / "vae" / "release")))
+    data = Data(sources=(World(),), task="labelled", image_size=16)
+    run = Run("sit", task, data, SHORT, engine=FP32, out=folder / "sit")
+    train(run)
+    release = folder / "sit" / "release"
+    assert load_sit(str(release)).config == task.sit
+    assert (folder / "sit" / "previews" / "step-00000003.png").is_file()
+    train(replace(run, task=replace(task, init=release), out=folder / "on"))  # a new run on the old weights
+    (release / "labels.safetensors").unlink()
+    with pytest.raises(ValueError, match="labels"):
+        train(replace(run, task=replace(task, init=release), out=folder / "off"))
+
+
+def test_a_vision_tower_learns_dense_labels_and_leaves_the_language_model_alone(folder):
+    source = tiny.mllm_folder(folder / "mllm")
+    data = Data(sources=(World(),), task="labelled", image_size=16)
+    train(Run("see", SeeTaskConfig(init=source, points=2), data, SHORT, engine=FP32, out=folder / "see"))
+    before, after = (
+        load(MLLMConfig(str(path), dtype="bfloat16")).model.state_dict() for path in (source, folder / "see" / "release")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("visual" in name for name in changed)
+
+
+@pytest.mark.parametrize("run", [world.vae(), world.decoder()], ids=lambda run: run.name)
+def test_the_wrong_data_is_refused(run):
+    with pytest.raises(ValueError, match=r"data\.task"):
+        run.task.build(replace(run, data=replace(run.data, task="t2i")), start(60))
+
+
+def tiny_batches(folder):
+    from data.batch import LabelledCollate
+    from data.loader import Loader
+
+    assert read_json(folder / "vae" / "run.json")["data"]["image_size"] == 16
+    return iter(Loader(Data(sources=(World(),), task="labelled", image_size=16), LabelledCollate(16), 32))

@@ -1,0 +1,139 @@
+"""Pictures of the world -> a vision tower that tells colours and shapes apart, before any word is learned.
+
+From random weights, answers alone taught the tower nothing in a thousand steps; a picture's answer is one number, its points
+are hundreds. Every visual token must name the colour and the shape at the points of its cell. Letters: B batch, T visual
+tokens of a picture, K points of a token's cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.batch import LabelledBatch, LabelledCollate
+from data.loader import Loader
+from data.transforms import to_pil
+from data.world.dense import COLOUR_NAMES, SHAPE_NAMES, colour_and_shape
+from data.world.scene import Scene
+from model.assets import locate
+from model.embedded import save
+from model.mllm import MLLMConfig, load
+from model.qwen import Qwen2_5_VL
+from model.vision import batch_equal_pictures
+from train.engine import Engine, micro_batch_size
+from train.ranks import Ranks
+from train.task import Task, engine_for
+
+if TYPE_CHECKING:
+    from train.config import Run
+
+CLASSES = (len(COLOUR_NAMES), len(SHAPE_NAMES))
+
+
+@dataclass(frozen=True)
+class SeeTaskConfig:
+    """Whose vision tower learns to see."""
+
+    init: Path
+    """A model folder; the release is the same model with a trained vision tower."""
+    points: int = 4
+    """Points along a side of each visual token's cell."""
+
+    def build(self, run: Run, ranks: Ranks) -> SeeTask:
+        """Load the model and put its vision tower, under a linear head, into an engine."""
+        source = locate(str(self.init))
+        if source is None:
+            raise ValueError(f"task.init {self.init} does not exist; run understand.language first, or name a model folder")
+        if run.data.task != "labelled":
+            raise ValueError(f"data.task is {run.data.task}; a vision tower learns to see from labelled pictures")
+        mllm = load(MLLMConfig(str(source), dtype="float32"))
+        if not isinstance(mllm, Qwen2_5_VL):
+            raise ValueError(f"task.init {source} is a {type(mllm).__name__}; this task trains Qwen2.5-VL only")
+        tower = Tower(mllm.model.model.visual.requires_grad_(True).train(), self.points)
+        size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
+        loader = Loader(run.data, LabelledCollate(run.data.image_size), size, ranks.rank, ranks.world, run.seed)
+        return SeeTask(self, mllm, source, tower, engine_for(tower, run, ranks), loader, ranks)
+
+
+class Tower(nn.Module):
+    """Vision tower and head: patches -> what is at each point."""
+
+    def __init__(self, visual: Any, points: int) -> None:
+        super().__init__()
+        batch_equal_pictures(visual)
+        self.visual, self.points = visual, points
+        self.head = nn.Linear(visual.config.out_hidden_size, points * points * sum(CLASSES))
+
+    def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
+        """Patches of B pictures, grids [B, 3] -> logits [B, T, K, classes]."""
+        tokens = torch.cat(list(self.visual(patches.to(self.visual.dtype), grid_thw=grids).pooler_output))  # [B T, D]
+        return self.head(tokens).unflatten(-1, (-1, sum(CLASSES))).unflatten(0, (len(grids), -1)).float()
+
+
+class SeeTask(Task):
+    """Trains the vision tower of an MLLM on dense labels; the language model is left alone."""
+
+    def __init__(
+        self,
+        config: SeeTaskConfig,
+        mllm: Qwen2_5_VL,
+        source: Path,
+        tower: Tower,
+        engine: Engine,
+        loader: Loader,
+        ranks: Ranks,
+    ) -> None:
+        self.config, self.mllm, self.source, self.tower = config, mllm, source, tower
+        self.engine, self.loader, self.ranks = engine, loader, ranks
+        self.engines = {"main": engine}
+
+    def batches(self, samples: int) -> Iterator[LabelledBatch]:
+        """This rank's share, on the CPU."""
+        self.loader.samples = samples
+        return iter(self.loader)
+
+    def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
+        """Cross-entropy of colours and of shapes over all points; shapes inside objects count a third more."""
+        pictures = [to_pil(pixels) for pixels in batch.pixels]
+        seen = self.mllm.builder.image_processor(images=pictures, return_tensors="pt").to(self.ranks.device)
+        grids = seen["image_grid_thw"]  # [B, 3]
+        colours, shapes = (part.to(self.ranks.device) for part in self._points(batch, grids))  # [B, T, K] each
+        logits = self.engine(seen["pixel_values"], grids)
+        colour_logits, shape_logits = logits.split(CLASSES, dim=-1)
+        inside = shapes > 0
+        of_shapes = F.cross_entropy(shape_logits.flatten(0, 2), shapes.flatten(), reduction="none").view_as(shapes)
+        loss = F.cross_entropy(colour_logits.flatten(0, 2), colours.flatten()) + of_shapes.mean()
+        loss = loss + 0.3 * (of_shapes * inside).sum() / inside.sum().clamp(min=1)
+        self.engine.backward(loss)
+        self.engine.step()
+        right = (shape_logits.argmax(-1) == shapes) & inside
+        return {"loss": loss.detach(), "shape_accuracy": right.sum() / inside.sum().clamp(min=1)}
+
+    def release(self, folder: Path) -> None:
+        """The whole model, in the hub's layout, with the averaged vision tower."""
+        with self.engine.averaged():
+            if self.ranks.first:
+                save(folder, self.mllm.model, self.source)
+
+    def _points(self, batch: LabelledBatch, grids: Tensor) -> tuple[Tensor, Tensor]:
+        """Colours and shapes at the points of each visual token's cell, [B, T, K] each, tokens in reading order."""
+        assert not isinstance(batch.labels, Tensor), "the world's labels are scenes"
+        side = int(grids[0, 1]) // self.tower.visual.spatial_merge_size  # tokens along a side of the picture
+        points = self.config.points
+
+        def by_token(values: np.ndarray) -> np.ndarray:
+            cells = values.reshape(side, points, side, points).transpose(0, 2, 1, 3)
+            return cells.reshape(side * side, points * points)
+
+        told = [colour_and_shape(Scene.from_json(label), side * points) for label in batch.labels]
+        colours, shapes = (
+            torch.from_numpy(np.stack([by_token(part) for part in parts])) for parts in zip(*told, strict=True)
+        )
+        return colours, shapes

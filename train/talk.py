@@ -1,0 +1,98 @@
+"""Conversations -> groups of batches of similar length; the generated world -> conversations of the kinds asked for."""
+
+from __future__ import annotations
+
+import itertools
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data.address import draw
+from data.batch import ChatBatch, ChatCollate
+from data.loader import Data, World
+from data.records import Conversation
+from data.world.conversations import Shares, conversation
+from model.prefix import DRAW_SYSTEM, Turn
+
+SYMBOLS = ((0x2600, 0x27BF), (0x1F300, 0x1FAFF))  # code points whose Unicode names the tokenizer learns to spell
+GREETING = ("You are a helpful assistant.", "Hello! What can you do? I look at pictures and answer questions.")
+
+
+@dataclass(frozen=True)
+class GroupCollate:
+    """Conversation records -> `batches` batches, each of conversations about as long as each other."""
+
+    chat: ChatCollate
+    batches: int
+    max_answers: int
+    seed: int
+
+    def check(self, record: Conversation) -> None:
+        """BadSample where what is left of it after the cut cannot be read."""
+        self.chat.check(self._cut(record))
+
+    def __call__(self, records: Sequence[Conversation], indices: Sequence[int]) -> list[ChatBatch]:
+        cut = [self._cut(record) for record in records]
+        order, size = list(range(len(cut))), len(cut) // self.batches
+        if self.batches > 1:
+            order.sort(key=lambda row: _length(cut[row]))
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        parts.sort(key=lambda part: draw(self.seed, "group", min(indices[row] for row in part)))  # short ones not first
+        return [self.chat([cut[row] for row in part], [indices[row] for row in part]) for part in parts]
+
+    def _cut(self, record: Conversation) -> Conversation:
+        answers = [place for place, turn in enumerate(record.turns) if turn.role == "assistant"]
+        end = answers[: self.max_answers][-1] + 1
+        return replace(record, turns=record.turns[:end])
+
+
+class Talk(Dataset[list[ChatBatch]]):
+    """Groups of batches of generated conversations in given shares; set `samples` to go on from there, as with a Loader."""
+
+    def __init__(self, world: World, shares: Shares, collate: GroupCollate, rows: range, data: Data) -> None:
+        self.samples = 0
+        self._world, self._shares, self._collate, self._rows = world, shares, collate, rows
+        self._size, self._workers = data.image_size, data.workers
+
+    def __getitem__(self, position: int) -> list[ChatBatch]:
+        numbers = [position + row for row in self._rows]
+        return self._collate([Conversation(str(number), self._turns(number)) for number in numbers], numbers)
+
+    def __iter__(self) -> Iterator[list[ChatBatch]]:
+        """Groups from `samples` on, prepared by the config's workers."""
+        positions = itertools.count(self.samples, self._rows.stop)
+        generator = torch.Generator().manual_seed(0)  # DataLoader would draw from the global stream otherwise
+        yield from DataLoader(
+            self, batch_size=None, sampler=positions, num_workers=self._workers, collate_fn=_unchanged, generator=generator
+        )
+
+    def _turns(self, number: int) -> tuple[Turn, ...]:
+        return conversation(self._world.seed, number, self._world.split, size=self._size, shares=self._shares)
+
+
+def training_text(conversations: int) -> Iterator[str]:
+    """What the tokenizer of a fresh model should spell well: the world's words, the names of emoji, common courtesies."""
+    for index in range(conversations):
+        yield from (turn.text for turn in conversation(1, index, size=8))
+    for first, last in SYMBOLS:
+        yield from (name.lower() for code in range(first, last) if (name := unicodedata.name(chr(code), "")))
+    yield from (DRAW_SYSTEM, *GREETING) * 20
+
+
+def _length(record: Conversation) -> int:
+    """Near the number of its tokens: one per word, six around a turn, 18 in a small image with its marks."""
+    return sum(len(turn.text.split()) + 6 + 18 * len(turn.images) for turn in record.turns)
+
+
+def only_world(data: Data) -> World:
+    """The one source of generated conversations. Raises ValueError when there are others."""
+    if len(data.sources) != 1 or not isinstance(data.sources[0], World):
+        raise ValueError("task.shares need data.sources to be one generated world; leave task.shares at None for others")
+    return data.sources[0]
+
+
+def _unchanged(group: list[ChatBatch]) -> list[ChatBatch]:
+    return group
