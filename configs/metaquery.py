@@ -10,6 +10,7 @@ from model.connector import ConnectorConfig
 from model.decoder import SiTDecoderConfig
 from model.metaquery import MetaQueryConfig
 from model.mllm import MLLMConfig
+from model.noise import FlowConfig
 from model.sit import SiTConfig
 from model.vae import VAEConfig
 from train.config import Run
@@ -34,6 +35,7 @@ def world() -> Run:
         vae=VAEConfig("assets/world/vae"),
         queries=16,
         connector=ConnectorConfig(layers=2),
+        noise=FlowConfig(time="logit_normal"),  # as its SiT was trained
         trainable=("*",),
     )
     prompts = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from data.loader import Data, World
+from model.noise import FlowConfig
 from model.sit import SiTConfig
 from model.vae import VAEConfig
 from train.autoencoder import AutoencoderTaskConfig
@@ -56,9 +57,9 @@ def decoder() -> Run:
     )
     return Run(
         name="world-decoder",
-        task=LabelledTaskConfig(sit=sit, vae=VAEConfig("assets/world/vae")),
+        task=LabelledTaskConfig(sit=sit, vae=VAEConfig("assets/world/vae"), noise=FlowConfig(time="logit_normal")),
         data=Data(sources=(World(seed=2),), task="labelled", image_size=64),
-        schedule=Schedule(steps=10_000, batch_size=64, log_every=20, save_every=500, preview_every=1000),
+        schedule=Schedule(steps=8_000, batch_size=64, log_every=20, save_every=500, preview_every=1000),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, warmup_steps=200, floor=0.02),
         ema=EmaConfig(halflife_images=20_000),
         engine=EngineConfig(zero=1, precision="bf16"),

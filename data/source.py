@@ -11,6 +11,7 @@ from PIL import Image
 from data.records import Task
 from data.world.captions import describe
 from data.world.conversations import conversation
+from data.world.edits import edit_sample
 from data.world.render import render
 from data.world.scene import make_scene, random_for
 from model.prefix import Turn
@@ -39,13 +40,15 @@ class WorldSource:
         return 0
 
     def read(self, index: int) -> dict[str, Any]:
-        """A picture of `size` pixels with a caption and its scene, or a conversation, as the task needs."""
+        """A picture of `size` pixels with a caption and its scene, a conversation, or an edit, as the task needs."""
         key = f"{self.split}-{index:09d}"
         if self.task == "chat":
             turns = conversation(self.seed, index, self.split, size=self.size)
             images = [image for turn in turns for image in turn.images]
             messages = [_message(turn) for turn in turns]
             return {"key": key, "image": images[0] if images else None, "txt": "", "json": {"messages": messages}}
+        if self.task in ("edit", "instruct"):
+            return edit_sample(self.seed, index, self.split, self.size)
         scene = make_scene(self.seed, index, self.split)
         caption = describe(scene, random_for(self.seed, "caption", self.split, index))
         picture = Image.fromarray(render(scene, self.size))

@@ -33,7 +33,7 @@ class Net(nn.Module):
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        self.calls += self.training
         h = torch.tanh(self.frozen(x))[:, None] * self.queries  # [B, 3, 7]
         return self.head(self.norm(h)).mean(1)
 

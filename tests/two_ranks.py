@@ -21,7 +21,8 @@ from train.ranks import Ranks, start
 
 ROOT = Path(__file__).parent.parent
 SAVED_AT = 3
-CASES: list[tuple[Literal[0, 1, 2, 3], Literal["fp32", "autocast", "bf16"]]] = [
+Stage, Precision = Literal[0, 1, 2, 3], Literal["fp32", "autocast", "bf16"]
+CASES: list[tuple[Stage, Precision]] = [
     (0, "fp32"),
     (1, "fp32"),
     (2, "fp32"),
@@ -40,7 +41,7 @@ def results() -> tuple[Path, dict[str, Any], dict[str, Any]]:
     tiny.metaquery_config(out)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, "-m", "tests.two_ranks", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*command, "-m", "tests.two_ranks", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1))
@@ -63,9 +64,7 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def case(
-    ranks: Ranks, out: Path, zero: Literal[0, 1, 2, 3], precision: Literal["fp32", "autocast", "bf16"]
-) -> dict[str, Any]:
+def case(ranks: Ranks, out: Path, zero: Stage, precision: Precision) -> dict[str, Any]:
     """Straight run with a save and a look at the averages in the middle; resumed; moved; and with a NaN on rank 1."""
     config = EngineConfig(zero=zero, precision=precision, clip_norm=CLIP_NORM)
     task = Toy(ranks, config, accumulation=2)
@@ -73,16 +72,14 @@ def case(
     path = checkpoint.save(out / f"{zero}-{precision}", SAVED_AT, SAVED_AT * BATCH, task.engines, {}, 1, ranks)
     with task.engine.averaged() as module:
         averages = {name: p.detach().float().tolist() for name, p in module.named_parameters() if p.requires_grad}
-        calls = module.calls.clone()
-        answer = module(rows(range(4))[0]).float().tolist()
-        module.calls.copy_(calls)
+        answer = module(rows(range(4))[0]).tolist()
     steps += advance(task, SAVED_AT, STEPS)
 
     resumed = Toy(ranks, config, accumulation=2)
     checkpoint.load(path, resumed.engines, ranks)
     advance(resumed, SAVED_AT, STEPS)
 
-    next_stage: dict[int, Literal[0, 1, 2, 3]] = {0: 1, 1: 2, 2: 3, 3: 0}
+    next_stage: dict[Stage, Stage] = {0: 1, 1: 2, 2: 3, 3: 0}
     moved = Toy(ranks, EngineConfig(zero=next_stage[zero], precision="fp32", clip_norm=CLIP_NORM))
     checkpoint.load(path, moved.engines, ranks)
 
@@ -109,7 +106,7 @@ def case(
 def main(out: Path) -> None:
     """What one rank does."""
     torch.set_num_threads(1)
-    ranks = start(timeout_seconds=60)
+    ranks = start(timeout_seconds=300)
     seen = {f"{zero}-{precision}": case(ranks, out, zero, precision) for zero, precision in CASES}
     for zero in ZERO_STAGES:
         run.main(tiny_run(out, out / f"tiny-{zero}", "--engine.zero", str(zero)))

@@ -108,7 +108,8 @@ def named(name: str) -> Callable[[], Run]:
         found = _runs(module).get(function)
         if found:
             return found
-    raise ValueError(f"unknown run {name}{did_you_mean(name, names())}; runs: {', '.join(names())}")
+    hint = did_you_mean(name, names()) or f"; there are {', '.join(names())}"
+    raise ValueError(f"unknown run {name}{hint}")
 
 
 def names() -> list[str]:

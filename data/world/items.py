@@ -5,13 +5,12 @@ import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image
 
 from data.pack import Item
 from data.source import WorldSource
-from data.world.edits import edit_sample
 
 CHUNK = 64  # samples that a process makes at a time
 
@@ -26,16 +25,11 @@ class Maker:
     size: int
 
     def __call__(self, index: int) -> Item:
-        raw = self._raw(index)
+        raw = WorldSource(self.seed, self.split, self.task, self.size).read(index)
         image = None if raw["image"] is None else png(raw["image"])
         sources = tuple(png(source) for source in raw.get("sources", ()))
         world = {"seed": self.seed, "split": self.split, "index": index}
         return Item(raw["txt"], image, sources, raw["json"] | {"world": world})
-
-    def _raw(self, index: int) -> dict[str, Any]:
-        if self.task == "edit":
-            return edit_sample(self.seed, index, self.split, self.size)
-        return WorldSource(self.seed, self.split, self.task, self.size).read(index)
 
 
 @contextmanager

@@ -1,0 +1,66 @@
+"""Measures -> a page of tables, so that no figure in docs/ is typed by hand.
+
+    python -m sample.report docs/results.md "What the shipped release draws" scores.json
+
+The page is written anew from its JSON files; each section names the command that made its file, when that file has a
+neighbour NAME.command.txt.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
+
+from sample.cli import run
+from sample.files import write_whole
+from sample.measures import Measure, read_json
+
+
+@dataclass(frozen=True)
+class Args:
+    """Write a page of tables from files that measuring commands wrote with --json."""
+
+    page: Positional[Path]
+    """The page to write, such as docs/results.md."""
+    title: Positional[str]
+    """Its first line."""
+    files: Positional[tuple[Path, ...]]
+    """JSON files of measures, one section each."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reads every file before it writes the page."""
+    args = tyro.cli(Args, args=argv, description=Args.__doc__)
+    if not args.files:
+        raise ValueError("files: name at least one JSON file of measures")
+    sections = [section(path, read_json(path)) for path in args.files]
+    text = f"# {args.title}\n\n" + "\n".join(sections)
+    write_whole(args.page, lambda path: path.write_text(text) and None)
+
+
+def section(path: Path, measures: dict[str, Measure]) -> str:
+    """One file as a heading, the command that made it, and a table."""
+    note = path.with_suffix(".command.txt")
+    command = f"`{note.read_text().strip()}`\n\n" if note.is_file() else ""
+    rows = [f"| {name} | {_value(m)} | {_interval(m)} | {m.n} |" for name, m in measures.items()]
+    return f"## {path.stem}\n\n{command}| measure | value | 95 % interval | n |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _value(measure: Measure) -> str:
+    if measure.unit == "share":
+        return f"{100 * measure.value:.1f} %"
+    return f"{measure.value:.4g} {measure.unit}".strip()
+
+
+def _interval(measure: Measure) -> str:
+    if measure.low is None or measure.high is None:
+        return ""
+    if measure.unit == "share":
+        return f"{100 * measure.low:.1f} to {100 * measure.high:.1f} %"
+    return f"{measure.low:.4g} to {measure.high:.4g}"
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,23 @@
+"""Measures -> a page."""
+
+import pytest
+
+from sample.measures import Measure, share, write_json
+from sample.report import main
+
+
+def test_the_page_shows_every_measure_and_its_command(tmp_path):
+    write_json(tmp_path / "draw.json", {"generation.colour": share(19, 20), "speed.step_ratio": Measure(1.5, 1.4, 1.6, 7, "x")})
+    (tmp_path / "draw.command.txt").write_text("python -m sample.evaluate world\n")
+    main([str(tmp_path / "page.md"), "Results", str(tmp_path / "draw.json")])
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("# Results\n")
+    assert "`python -m sample.evaluate world`" in page
+    assert "| generation.colour | 95.0 % |" in page
+    assert "| speed.step_ratio | 1.5 x | 1.4 to 1.6 | 7 |" in page
+
+
+def test_a_missing_file_leaves_no_page(tmp_path):
+    with pytest.raises((ValueError, OSError)):
+        main([str(tmp_path / "page.md"), "Results", str(tmp_path / "absent.json")])
+    assert not (tmp_path / "page.md").exists()
