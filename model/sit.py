@@ -7,7 +7,7 @@ or N, C conditioning width, D width."""
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +38,9 @@ class SiTConfig:
     activation_checkpointing: bool = False
 
 
-@dataclass
-class SiTOutput:
-    """`hidden` holds the latent tokens after the block that was asked for."""
+class SiTOutput(NamedTuple):
+    """`hidden` holds the latent tokens after the block that was asked for. A tuple, because ZeRO-3 gathers parameters for
+    the backward pass by looking for tensors in outputs, and looks into no dataclass."""
 
     prediction: Tensor  # [B, c, h, w]
     hidden: Tensor | None = None  # [B, N, D]

@@ -215,12 +215,13 @@ def test_the_stages_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     few = ["--schedule.steps", "2", "--schedule.batch-size", "4", "--ema.halflife-images", "0"]
     few += ["--optim.lr", "0.01", "--optim.warmup-steps", "0"]  # far enough to be seen in bfloat16
     main(["understand.language", *tiny, *few, "--task.text-conversations", "60"])
+    main(["understand.see", *few])
     main(["understand.align", *few, "--task.exam-pictures", "0"])
     main(["understand.instruct", *few, "--task.exam-pictures", "2"])
-    fresh, language, align, instruct = (
-        parameters(f"runs/{name}") for name in ("language/fresh", "language/release", "align/release", "instruct/release")
-    )
-    for before, after, moves in ((fresh, language, "model.language_model."), (language, align, "model.visual.")):
+    folders = ("language/fresh", "language/release", "see/release", "align/release", "instruct/release")
+    fresh, language, see, align, instruct = (parameters(f"runs/{name}") for name in folders)
+    vision = "model.visual."
+    for before, after, moves in ((fresh, language, "model.language_model."), (language, see, vision), (see, align, vision)):
         for name, p in before.items():
             if p.ndim > 1 or not name.startswith(moves):  # a bias may have no gradient
                 assert torch.equal(p, after[name]) == (not name.startswith(moves)), name

@@ -23,7 +23,7 @@ def run(visual, side: int, pictures: int):
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2
     patches = torch.randn(pictures * side * side, values, generator=torch.Generator().manual_seed(1))
     grids = torch.tensor([[1, side, side]] * pictures)
-    states = torch.cat(list(visual(patches, grid_thw=grids).pooler_output))
+    states = visual(patches, grid_thw=grids).pooler_output
     visual.zero_grad()
     states.square().sum().backward()
     return states.detach(), {name: p.grad.clone() for name, p in visual.named_parameters()}

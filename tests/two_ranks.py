@@ -53,7 +53,8 @@ def tiny_run(parts: Path, out: Path, *overrides: str) -> list[str]:
     return [
         "metaquery.tiny",
         *("--task.model.mllm.path", str(parts / "mllm"), "--task.model.vae.path", str(parts / "vae")),
-        *("--task.model.decoder.sit.latent-channels", "4", "--data.image-size", "16"),
+        *("--task.model.decoder.sit.latent-channels", "4", "--task.model.decoder.sit.latent-size", "8"),
+        *("--task.model.decoder.sit.patch", "1", "--data.image-size", "16"),
         *("--out", str(out), *overrides),
     ]
 

@@ -73,7 +73,7 @@ class Tower(nn.Module):
 
     def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
         """Patches of B pictures, grids [B, 3] -> logits [B, T, K, classes]."""
-        tokens = torch.cat(list(self.visual(patches.to(self.visual.dtype), grid_thw=grids).pooler_output))  # [B T, D]
+        tokens = self.visual(patches.to(self.visual.dtype), grid_thw=grids).pooler_output  # [B T, D]
         return self.head(tokens).unflatten(-1, (-1, sum(CLASSES))).unflatten(0, (len(grids), -1)).float()
 
 
