@@ -8,9 +8,9 @@ from model.sit import SiTConfig
 from model.vae import VAEConfig
 from train.autoencoder import AutoencoderTaskConfig
 from train.config import Run
-from train.labelled import LabelledTaskConfig
 from train.ema import EmaConfig
 from train.engine import EngineConfig
+from train.labelled import LabelledTaskConfig
 from train.loop import Schedule
 from train.optim import OptimConfig
 

@@ -1,8 +1,8 @@
 """Labels -> conditioning tokens, to train a decoder before any language model is there.
 
 A label is a few words from a closed vocabulary, and may have a place. A class label is one token of one word; a scene is a
-token for its background and one for each object (colour, shape, size and place). Letters: B batch, L tokens, K words a token,
-C conditioning width."""
+token for its background and one for each object (colour, shape, size and place).
+Letters: B batch, L tokens, K words a token, C conditioning width."""
 
 import math
 from dataclasses import dataclass

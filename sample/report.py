@@ -45,7 +45,9 @@ def section(path: Path, measures: dict[str, Measure]) -> str:
     note = path.with_suffix(".command.txt")
     command = f"`{note.read_text().strip()}`\n\n" if note.is_file() else ""
     rows = [f"| {name} | {_value(m)} | {_interval(m)} | {m.n} |" for name, m in measures.items()]
-    return f"## {path.stem}\n\n{command}| measure | value | 95 % interval | n |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    return (
+        f"## {path.stem}\n\n{command}| measure | value | 95 % interval | n |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
 
 
 def _value(measure: Measure) -> str:

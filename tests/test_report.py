@@ -7,7 +7,9 @@ from sample.report import main
 
 
 def test_the_page_shows_every_measure_and_its_command(tmp_path):
-    write_json(tmp_path / "draw.json", {"generation.colour": share(19, 20), "speed.step_ratio": Measure(1.5, 1.4, 1.6, 7, "x")})
+    write_json(
+        tmp_path / "draw.json", {"generation.colour": share(19, 20), "speed.step_ratio": Measure(1.5, 1.4, 1.6, 7, "x")}
+    )
     (tmp_path / "draw.command.txt").write_text("python -m sample.evaluate world\n")
     main([str(tmp_path / "page.md"), "Results", str(tmp_path / "draw.json")])
     page = (tmp_path / "page.md").read_text()

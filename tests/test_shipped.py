@@ -16,7 +16,7 @@ from model.mllm import MLLMConfig, load
 from sample.world_answers import exams, understanding
 from train.metaquery import MetaQueryTaskConfig
 from train.ranks import start
-from train.run import names, named
+from train.run import named, names
 
 ASSETS = ROOT / "assets" / "world"
 BUILDABLE = [
@@ -30,7 +30,9 @@ BUILDABLE = [
 def test_every_run_builds_on_the_shipped_parts(name):
     run = named(name)()
     if any(isinstance(source, Shards) for source in run.data.sources):
-        run = replace(run, data=replace(run.data, sources=named("metaquery.world")().data.sources))  # its shards are the user's
+        run = replace(
+            run, data=replace(run.data, sources=named("metaquery.world")().data.sources)
+        )  # its shards are the user's
     torch.manual_seed(0)
     assert run.task.build(run, start(60)).engines
 

@@ -21,7 +21,8 @@ from train.ranks import Ranks, start
 
 ROOT = Path(__file__).parent.parent
 SAVED_AT = 3
-Stage, Precision = Literal[0, 1, 2, 3], Literal["fp32", "autocast", "bf16"]
+Stage = Literal[0, 1, 2, 3]
+Precision = Literal["fp32", "autocast", "bf16"]
 CASES: list[tuple[Stage, Precision]] = [
     (0, "fp32"),
     (1, "fp32"),

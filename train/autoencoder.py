@@ -19,8 +19,8 @@ from data.loader import Loader
 from data.transforms import to_pil
 from model.files import publish
 from model.noise import noise
-from sample.grid import Cell, Row, table
 from sample.files import write_whole
+from sample.grid import Cell, Row, table
 from train.engine import Engine, micro_batch_size
 from train.loss import gaussian_kl
 from train.ranks import Ranks
@@ -75,7 +75,7 @@ class Codec(nn.Module):
             self.autoencoder.quant_conv.bias[logvar] -= 4.0
 
     def forward(self, pixels: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels [B, 3, H, W] in [-1, 1], eps [B, c, h, w] -> their reconstruction, the posterior's mean and log variance."""
+        """Pixels [B, 3, H, W] in [-1, 1], eps [B, c, h, w] -> reconstruction, the posterior's mean and log variance."""
         posterior = self.autoencoder.encode(pixels).latent_dist
         latents = posterior.mean + posterior.std * eps.to(posterior.mean.dtype)
         return self.autoencoder.decode(latents).sample, posterior.mean, posterior.logvar

@@ -133,7 +133,7 @@ class _NoBuilder:
 
     image_id = -1
 
-    class tokenizer:  # noqa: N801 (the one attribute that is looked up)
+    class tokenizer:
         eos_token_id = 0
 
 

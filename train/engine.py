@@ -194,7 +194,9 @@ class Engine:
         self._optimizer.withhold = objection is not None
         self._engine.step()
         if norm is None:  # known only now; infinite where DeepSpeed itself dropped the step
-            norm = float(self._engine.get_global_grad_norm())
+            norm = self._engine.get_global_grad_norm()
+            assert norm is not None, "ZeRO 1 to 3 compute the norm"
+            norm = float(norm)
             objection = objection or self.guard.objection(self.config.guard, loss, norm)
         return Step(loss, norm, lr, objection)
 

@@ -54,7 +54,7 @@ class Caption:
 
 
 def describe(scene: Scene, rng: random.Random, *, full: bool = False) -> Caption:
-    """One caption of a scene that names all its objects; `full` leaves out no colour, shape, background or clear relation."""
+    """One caption that names all objects of a scene; `full` leaves out no colour, shape, background or clear relation."""
     with_colour = full or rng.random() < 0.9
     with_shape = full or not with_colour or rng.random() < 0.93
     with_size = rng.random() < 0.3
@@ -106,7 +106,7 @@ def clear_link(groups: list[Group], scene: Scene, rng: random.Random) -> tuple[i
 
 
 def holds(caption: Caption, scene: Scene) -> bool:
-    """Whether a scene is what a caption says: each object in a group, each group of the right size, link and background right."""
+    """Whether a scene is what a caption says: every object in a group, no group short, link and background right."""
     if caption.background not in (None, scene.background):
         return False
     slots = [i for i, g in enumerate(caption.groups) for _ in range(g.count)]
