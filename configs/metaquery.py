@@ -36,7 +36,7 @@ def world() -> Run:
         queries=16,
         connector=ConnectorConfig(layers=2),
         noise=FlowConfig(time="logit_normal"),  # as its SiT was trained
-        trainable=("*",),
+        trainable=("sit.embed_condition.*", "sit.condition_position"),
     )
     prompts = (
         "a red circle",
@@ -56,19 +56,16 @@ def world() -> Run:
 
 
 def demo() -> Run:
-    """What `make demo` trains: queries and connector from nothing; of the decoder only what reads the conditioning.
+    """What `make demo` trains: the embedded default from nothing, for a few minutes.
 
     python -m train.run metaquery.demo
 
     2 CPU cores, about four minutes.
     """
     run = world()
-    assert isinstance(run.task, MetaQueryTaskConfig)
-    model = replace(run.task.model, trainable=("sit.embed_condition.*", "sit.condition_position"))
     return replace(
         run,
         name="demo",
-        task=replace(run.task, model=model),
         schedule=Schedule(steps=300, batch_size=64, log_every=5, save_every=100),
         optim=replace(run.optim, warmup_steps=30),
         ema=EmaConfig(halflife_images=1_000),
@@ -84,11 +81,13 @@ def emoji() -> Run:
     2 CPU cores, tens of minutes; it learns the colours and outlines of the pictures it has seen.
     """
     run = world()
+    assert isinstance(run.task, MetaQueryTaskConfig)
     prompts = ("grinning face", "red apple", "blue heart", "snowman", "soccer ball", "cat face")
+    model = replace(run.task.model, trainable=("*",))  # the world's SiT has never seen such pictures
     return replace(
         run,
         name="emoji",
-        task=replace(run.task, preview=PreviewConfig(prompts)),
+        task=replace(run.task, model=model, preview=PreviewConfig(prompts)),
         data=Data(sources=(Shards("shards/emoji/*.tar"),)),
         schedule=replace(run.schedule, steps=4000, save_every=500, preview_every=1000),
     )

@@ -2,7 +2,7 @@
 
 Letters: B batch, L conditioning tokens, C conditioning width, c h w latent channels, height, width."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -72,11 +72,14 @@ class SiTDecoder(nn.Module):
         return self.sit(x_t, t, condition).prediction
 
 
-def save_sit(folder: Path, sit: SiT) -> None:
-    """Write config.json and model.safetensors, complete or not at all."""
+def save_sit(folder: Path, sit: SiT, beside: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+    """Write config.json and model.safetensors in the dtype of the weights, complete or not at all; `beside` are further
+    files of tensors by name."""
     with publish(folder) as draft:
         write_json(draft / "config.json", dump_config(sit.config))
         write_tensors(draft / "model.safetensors", sit.state_dict())
+        for name, tensors in (beside or {}).items():
+            write_tensors(draft / name, tensors)
 
 
 def load_sit(path: str) -> SiT:

@@ -6,6 +6,7 @@ c h w latent channels, height, width, L label tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
 from data.world.labels import Withhold, encode, labels_config
 from model.decoder import load_sit, save_sit
-from model.files import match, read_tensors, write_tensors
+from model.files import match, read_tensors
 from model.labels import Labels
 from model.noise import FlowConfig, NoiseConfig, build_noising, noise
 from model.sit import SiT, SiTConfig
@@ -135,11 +136,11 @@ class LabelledTask(Task):
             compare(batch.pixels[rows], self.vae.decode(drawn), ("picture", "drawn"), folder / f"step-{step:08d}.png")
 
     def release(self, folder: Path) -> None:
-        """The averaged SiT, as `model.decoder.load_sit` reads it, and the label embedding beside it."""
+        """The averaged SiT, as `model.decoder.load_sit` reads it, and the label embedding beside it; both in bfloat16."""
         with self.engine.averaged():
             if self.ranks.first:
-                save_sit(folder, self.module.sit)
-                write_tensors(folder / LABELS_FILE, self.module.labels.state_dict())
+                rounded = copy.deepcopy(self.module).bfloat16()
+                save_sit(folder, rounded.sit, {LABELS_FILE: rounded.labels.state_dict()})
 
     def _told(self, batch: LabelledBatch, withhold: Withhold) -> tuple[Tensor, Tensor]:
         """Words [B, L, K] and places [B, L, 3] of a batch of scenes."""
