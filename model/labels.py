@@ -33,7 +33,8 @@ class Labels(nn.Module):
         super().__init__()
         self.config = config
         self.embed_word = nn.Embedding(config.vocabulary, config.width)
-        speed = math.pi * 2 ** torch.linspace(0, 4, frequencies)  # from half a wave to eight across the picture
+        self.speed: Tensor  # from half a wave to eight across the picture
+        speed = math.pi * 2 ** torch.linspace(0, 4, frequencies)
         self.register_buffer("speed", speed, persistent=False)  # [frequencies]
         self.embed_place = nn.Linear(4 * frequencies + 1, config.width) if config.places else None
         self.mix = nn.Sequential(nn.Linear(config.width, config.width), nn.GELU(), nn.Linear(config.width, config.width))

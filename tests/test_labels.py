@@ -30,6 +30,9 @@ def test_labels_with_places_need_them():
 
 
 def test_a_scene_told_in_full_can_be_told_back():
+    def rounded(place) -> tuple[float, ...]:
+        return tuple(np.round(np.asarray(place, np.float32), 4).tolist())
+
     for index in range(50):
         scene = make_scene(3, index)
         words, places = encode(scene.to_json(), TELL_ALL, 0, index)
@@ -37,10 +40,8 @@ def test_a_scene_told_in_full_can_be_told_back():
         told = Counter()
         for row, place in zip(words[1:], places[1:], strict=True):
             if WORDS[row[0]] != "none":
-                told[(*(WORDS[word] for word in row), *np.round(place, 4).tolist())] += 1
-        things = Counter(
-            (t.colour, t.shape, t.size, *np.round(np.float32([t.x, t.y, 0]), 4).tolist()) for t in scene.objects
-        )
+                told[*(WORDS[word] for word in row), rounded(place)] += 1
+        things = Counter((t.colour, t.shape, t.size, rounded((t.x, t.y, 0))) for t in scene.objects)
         assert told == things
 
 

@@ -1,5 +1,7 @@
 """The fast vision tower against transformers' own."""
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
@@ -19,7 +21,7 @@ def tower(folder):
 
 
 def run(visual, side: int, pictures: int):
-    config = visual.config
+    config: Any = visual.config
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2
     patches = torch.randn(pictures * side * side, values, generator=torch.Generator().manual_seed(1))
     grids = torch.tensor([[1, side, side]] * pictures)
@@ -43,7 +45,7 @@ def test_states_and_gradients_are_those_of_transformers(folder, side):
 def test_pictures_of_two_sizes_are_refused(folder):
     visual = tower(folder)
     batch_equal_pictures(visual)
-    config = visual.config
+    config: Any = visual.config
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2
     with pytest.raises(ValueError, match="different sizes"):
         visual(torch.randn(16 + 64, values), grid_thw=torch.tensor([[1, 4, 4], [1, 8, 8]]))

@@ -1,17 +1,19 @@
 """The tasks that make the world's own parts: each trains, releases what the next one loads, and resumes."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 
 from configs import world
 from data.loader import Data, World
 from model.decoder import load_sit
 from model.files import dump_config, read_json
 from model.mllm import MLLMConfig, load
+from model.qwen import Qwen2_5_VL
 from model.vae import VAEConfig, load_vae
 from train.autoencoder import AutoencoderTaskConfig
 from train.config import Run
@@ -53,7 +55,7 @@ def folder(tmp_path_factory):
 
 def test_the_vae_loads_in_diffusers_and_gives_latents_of_unit_variance(folder):
     release = folder / "vae" / "release"
-    stock = AutoencoderKL.from_pretrained(release)
+    stock: Any = AutoencoderKL.from_pretrained(release)
     assert len(stock.config.latents_mean) == 4
     pixels = next(tiny_batches(folder)).pixels
     latents = load_vae(VAEConfig(str(release))).encode(pixels)
@@ -78,9 +80,7 @@ def test_a_vision_tower_learns_dense_labels_and_leaves_the_language_model_alone(
     source = tiny.mllm_folder(folder / "mllm")
     data = Data(sources=(World(),), task="labelled", image_size=16)
     train(Run("see", SeeTaskConfig(init=source, points=2), data, SHORT, engine=FP32, out=folder / "see"))
-    before, after = (
-        load(MLLMConfig(str(path), dtype="bfloat16")).model.state_dict() for path in (source, folder / "see" / "release")
-    )
+    before, after = (weights(path) for path in (source, folder / "see" / "release"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all("visual" in name for name in changed)
@@ -90,6 +90,12 @@ def test_a_vision_tower_learns_dense_labels_and_leaves_the_language_model_alone(
 def test_the_wrong_data_is_refused(run):
     with pytest.raises(ValueError, match=r"data\.task"):
         run.task.build(replace(run, data=replace(run.data, task="t2i")), start(60))
+
+
+def weights(folder):
+    mllm = load(MLLMConfig(str(folder), dtype="bfloat16"))
+    assert isinstance(mllm, Qwen2_5_VL)
+    return mllm.model.state_dict()
 
 
 def tiny_batches(folder):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
@@ -60,10 +60,10 @@ class Codec(nn.Module):
     def __init__(self, config: AutoencoderTaskConfig):
         super().__init__()
         levels = len(config.channels)
-        self.autoencoder = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=config.channels,
+        self.autoencoder: Any = AutoencoderKL(  # Any: diffusers' annotations lag behind its signatures
+            down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+            up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+            block_out_channels=config.channels,  # pyright: ignore[reportArgumentType]
             layers_per_block=config.layers_per_block,
             latent_channels=config.latent_channels,
             norm_num_groups=config.groups,

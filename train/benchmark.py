@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import tyro
@@ -94,7 +94,7 @@ def build_step(args: Metaquery) -> Callable[[bool], None]:
 
     from model.connector import Connector, ConnectorConfig
     from model.frozen import MLLMConfig
-    from model.prefix import Prefix
+    from model.prefix import Prefix, PrefixBuilder
     from model.queries import Queries
     from model.qwen import Qwen2_5_VL
 
@@ -114,7 +114,7 @@ def build_step(args: Metaquery) -> Callable[[bool], None]:
     )
     vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=args.width)
     stock = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
-    mllm = Qwen2_5_VL(MLLMConfig("benchmark", dtype="float32"), stock, _NoBuilder())
+    mllm = Qwen2_5_VL(MLLMConfig("benchmark", dtype="float32"), stock, cast(PrefixBuilder, _NoBuilder()))
     queries = Queries(args.queries, args.width, mllm.embedding_std)
     connector = Connector(ConnectorConfig(layers=args.connector_layers), args.width, args.width, 1.0)
     ids = torch.randint(10, 900, (args.batch_size, args.prefix_tokens))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -139,15 +139,17 @@ class Speaker(nn.Module):
         states = states[:, :-1][said[:, 1:]]  # [N, D]; a token is predicted from the one before it
         if self.lm_head is not None:
             return self.lm_head(states)
-        return F.linear(states, self.model.get_input_embeddings().weight)
+        embeddings: Any = self.model.get_input_embeddings()
+        return F.linear(states, embeddings.weight)
 
     def _see_nothing(self, device: torch.device) -> Tensor:
         """The mean over what the vision tower makes of the smallest picture, []."""
-        vision = self.whole.config.vision_config
+        vision: Any = self.whole.config.vision_config
         side = vision.spatial_merge_size
         pixels = torch.zeros(side**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2, device=device)
         grids = torch.tensor([[1, side, side]], device=device)
-        return torch.cat(list(self.model.get_image_features(pixels, grids, return_dict=True).pooler_output)).mean()
+        model: Any = self.model
+        return torch.cat(list(model.get_image_features(pixels, grids, return_dict=True).pooler_output)).mean()
 
     def _apply(self, fn, recurse=True):
         """Moves and rounds as any module, but keeps buffers in float32: rounded rotary frequencies would teach the
