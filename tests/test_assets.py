@@ -1,0 +1,26 @@
+"""The stages that rebuild the shipped weights, and the page that tells of them."""
+
+import pytest
+
+from train.assets import ASSETS, STAGES, main, report
+from train.run import named
+
+
+def test_every_stage_is_a_run():
+    for stage in STAGES:
+        assert named(stage.run)().schedule.steps > 0
+
+
+def test_the_page_has_a_row_for_every_log():
+    logs = sorted((ASSETS / "logs").glob("*.metrics.jsonl"))
+    assert logs
+    page = report()
+    for log in logs:
+        name = log.name.removesuffix(".metrics.jsonl")
+        (stage,) = [stage for stage in STAGES if stage.name == name]
+        assert f"| {name} | `python -m train.run {stage.run}` |" in page
+
+
+def test_an_unknown_stage_is_refused():
+    with pytest.raises(ValueError, match="language, see, align"):
+        main(["everything"])
