@@ -27,7 +27,9 @@ def load_vae(config: VAEConfig) -> "LatentVAE":
         raise ValueError(
             f"vae.path {config.path!r} holds no autoencoder; name a folder in diffusers' layout, or run make assets"
         )
-    return LatentVAE(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True))
+    return LatentVAE(
+        AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False)
+    )
 
 
 class LatentVAE:
