@@ -21,10 +21,10 @@ from model.files import publish
 from model.noise import noise
 from sample.files import write_whole
 from sample.grid import Cell, Row, table
-from train.engine import Engine, micro_batch_size
+from train.engine import Engine
 from train.loss import gaussian_kl
 from train.ranks import Ranks
-from train.task import Task, engine_for
+from train.task import Task, engine_for, loader_for
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -49,8 +49,7 @@ class AutoencoderTaskConfig:
         if run.data.task != "labelled":
             raise ValueError(f"data.task is {run.data.task}; an autoencoder learns from labelled pictures")
         module = Codec(self)
-        size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
-        loader = Loader(run.data, LabelledCollate(run.data.image_size), size, ranks.rank, ranks.world, run.seed)
+        loader = loader_for(LabelledCollate(run.data.image_size), run, ranks)
         return AutoencoderTask(module, engine_for(module, run, ranks), loader, self.kl_weight, run.seed, ranks)
 
 

@@ -66,8 +66,7 @@ def show(args: Args, console: Console) -> None:
     assert isinstance(task, MetaQueryTaskConfig)
     torch.manual_seed(0)
     untrained = Pipeline(build(task.model, pipeline.model.mllm, pipeline.model.vae))
-    shown = [one for one in asked if one.category in ("single_object", "count", "position", "binding")]
-    shown = [one for category in ("single_object", "count", "position", "binding") for one in _first(shown, category, 2)]
+    shown = [one for category in ("single_object", "count", "position", "binding") for one in _first(asked, category, 2)]
     seeds = list(range(len(shown)))
     texts = [one.text for one in shown]
     columns = [judge(shown, drawer(texts, seeds)) for drawer in (untrained, pipeline)]

@@ -27,10 +27,10 @@ from model.sit import SiT, SiTConfig
 from model.vae import LatentVAE, VAEConfig, load_vae
 from sample.solver import solve
 from train.autoencoder import compare
-from train.engine import Engine, micro_batch_size
+from train.engine import Engine
 from train.loss import squared_error
 from train.ranks import Ranks
-from train.task import Task, engine_for
+from train.task import Task, engine_for, loader_for
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -56,8 +56,7 @@ class LabelledTaskConfig:
         module = LabelledSiT(self.sit)
         if self.init is not None:
             module.start(self.init)
-        size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
-        loader = Loader(run.data, LabelledCollate(run.data.image_size), size, ranks.rank, ranks.world, run.seed)
+        loader = loader_for(LabelledCollate(run.data.image_size), run, ranks)
         vae = load_vae(self.vae).to(ranks.device)
         return LabelledTask(self, module, vae, engine_for(module, run, ranks), loader, run.seed, ranks)
 

@@ -18,11 +18,11 @@ from model.files import match, read_tensors
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 from model.noise import noise
 from model.store import save
-from train.engine import Engine, micro_batch_size
+from train.engine import Engine
 from train.loss import squared_error
 from train.preview import PreviewConfig, draw_preview
 from train.ranks import Ranks
-from train.task import Task, engine_for
+from train.task import Task, engine_for, loader_for
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -48,8 +48,7 @@ class MetaQueryTaskConfig:
             start(model, self.init)
         model.place(ranks.device)
         collate = TextToImageCollate(model.mllm.builder, run.data.image_size, run.data.dropout, run.seed)
-        size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
-        loader = Loader(run.data, collate, size, ranks.rank, ranks.world, run.seed)
+        loader = loader_for(collate, run, ranks)
         return MetaQueryTask(model, engine_for(model, run, ranks), loader, self.preview, run.seed, ranks)
 
 

@@ -27,9 +27,9 @@ from model.embedded import save
 from model.mllm import MLLMConfig, load
 from model.qwen import Qwen2_5_VL
 from model.vision import batch_equal_pictures
-from train.engine import Engine, micro_batch_size
+from train.engine import Engine
 from train.ranks import Ranks
-from train.task import Task, engine_for
+from train.task import Task, engine_for, loader_for
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -57,8 +57,7 @@ class SeeTaskConfig:
         if not isinstance(mllm, Qwen2_5_VL):
             raise ValueError(f"task.init {source} is a {type(mllm).__name__}; this task trains Qwen2.5-VL only")
         tower = Tower(mllm.model.model.visual.requires_grad_(True).train(), self.points)
-        size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
-        loader = Loader(run.data, LabelledCollate(run.data.image_size), size, ranks.rank, ranks.world, run.seed)
+        loader = loader_for(LabelledCollate(run.data.image_size), run, ranks)
         return SeeTask(self, mllm, source, tower, engine_for(tower, run, ranks), loader, ranks)
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from train.engine import Engine
+from data.loader import Collate, Loader
+from train.engine import Engine, micro_batch_size
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -68,3 +69,9 @@ def engine_for(module: nn.Module, run: Run, ranks: Ranks) -> Engine:
         accumulation=run.schedule.accumulation,
         total_steps=run.schedule.steps,
     )
+
+
+def loader_for(collate: Collate, run: Run, ranks: Ranks) -> Loader:
+    """This rank's share of the run's data, one micro-batch at a time."""
+    size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
+    return Loader(run.data, collate, size, ranks.rank, ranks.world, run.seed)
