@@ -53,7 +53,7 @@ def decoder() -> Run:
         condition_tokens=64,
         conditioning="in_context",
         shared_modulation=True,
-        align_depth=4,
+        align_depth=6,
     )
     return Run(
         name="world-decoder",

@@ -7,10 +7,11 @@ c h w latent channels, height, width, L label tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,10 +24,11 @@ from model.decoder import load_sit, save_sit
 from model.files import match, read_tensors
 from model.labels import Labels
 from model.noise import FlowConfig, NoiseConfig, build_noising, noise
-from model.sit import SiT, SiTConfig
+from model.sit import SiT, SiTConfig, SiTOutput
 from model.vae import LatentVAE, VAEConfig, load_vae
 from sample.solver import solve
 from train.autoencoder import compare
+from train.dense import CLASSES, dense_loss, points_of
 from train.engine import Engine
 from train.loss import squared_error
 from train.ranks import Ranks
@@ -46,6 +48,11 @@ class LabelledTaskConfig:
     vae: VAEConfig
     noise: NoiseConfig = field(default_factory=FlowConfig)
     withhold: Withhold = field(default_factory=Withhold)
+    align: float = 0.2
+    """Weight of the alignment: after `sit.align_depth` blocks each latent token must tell what lies at the points of its
+    cell, as in REPA (Yu et al., 2025) with the world's truth in place of a vision encoder. 0: none."""
+    align_points: int = 8
+    """Points along a side of a latent token's cell."""
     init: Path | None = None
     """The release of an earlier run of the same shape to go on from. None: fresh weights."""
 
@@ -53,7 +60,9 @@ class LabelledTaskConfig:
         """Load the VAE, make SiT and labels, hand both to one engine."""
         if run.data.task != "labelled":
             raise ValueError(f"data.task is {run.data.task}; a labelled decoder learns from labelled pictures")
-        module = LabelledSiT(self.sit)
+        if self.align and not self.sit.align_depth:
+            raise ValueError("task.align needs a block to look after; give task.sit.align_depth, or set task.align to 0")
+        module = LabelledSiT(self.sit, self.align_points if self.align else 0)
         if self.init is not None:
             module.start(self.init)
         loader = loader_for(LabelledCollate(run.data.image_size), run, ranks)
@@ -62,16 +71,22 @@ class LabelledTaskConfig:
 
 
 class LabelledSiT(nn.Module):
-    """Labels -> tokens -> SiT, in one forward."""
+    """Labels -> tokens -> SiT, in one forward; with `points`, a head on its aligned layer, which no release keeps."""
 
-    def __init__(self, config: SiTConfig):
+    def __init__(self, config: SiTConfig, points: int = 0):
         super().__init__()
         self.labels = Labels(labels_config(config.condition_width))
         self.sit = SiT(config)
+        self.head = nn.Linear(config.width, points**2 * sum(CLASSES)) if points else None
 
-    def forward(self, words: Tensor, places: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """words [B, L, K], places [B, L, 3], x_t [B, c, h, w], t [B] -> prediction [B, c, h, w]."""
-        return self.sit(x_t, t, self.labels(words, places)).prediction
+    def forward(self, words: Tensor, places: Tensor, x_t: Tensor, t: Tensor) -> SiTOutput:
+        """words [B, L, K], places [B, L, 3], x_t [B, c, h, w], t [B] -> prediction [B, c, h, w], and with a head its
+        logits [B, N, points^2, classes] in place of the hidden layer."""
+        aligned = self.sit.config.align_depth if self.head is not None else None
+        out = self.sit(x_t, t, self.labels(words, places), hidden_at=aligned)
+        if self.head is None:
+            return out
+        return SiTOutput(out.prediction, self.head(out.hidden).unflatten(-1, (-1, sum(CLASSES))))
 
     def start(self, release: Path) -> None:
         """Take over what `release` wrote. Raises ValueError when a file is missing or of another shape."""
@@ -106,18 +121,24 @@ class LabelledTask(Task):
         return iter(self.loader)
 
     def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
-        """Mean over the batch of |prediction(x_t, t, labels) - target|^2."""
+        """Mean over the batch of |prediction(x_t, t, labels) - target|^2, and the alignment."""
         device = self.ranks.device
         t = self.noising.times(batch.index, self.seed).to(device)  # [B]
         eps = noise(batch.index, self.seed, self.latent_shape).to(device)  # [B, c, h, w]
         words, places = self._told(batch, self.config.withhold)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.engine.config.precision != "fp32"):
             x0 = self.vae.encode(batch.pixels.to(device))  # [B, c, h, w]
-        prediction = self.engine(words, places, self.noising.mix(x0, eps, t), t)  # [B, c, h, w]
+        prediction, logits = self.engine(words, places, self.noising.mix(x0, eps, t), t)  # [B, c, h, w], see forward
         loss = squared_error(prediction, self.noising.target(x0, eps, t)).mean()
-        self.engine.backward(loss)
+        measured, objective = {"loss": loss.detach()}, loss
+        if logits is not None:
+            points = points_of(_scenes(batch), math.isqrt(logits.shape[1]), self.config.align_points)
+            align, accuracy = dense_loss(logits, *(part.to(device) for part in points))
+            measured |= {"align": align.detach(), "shape_accuracy": accuracy}
+            objective = loss + self.config.align * align
+        self.engine.backward(objective)
         self.engine.step()
-        return {"loss": loss.detach()}
+        return measured
 
     def preview(self, folder: Path, step: int) -> None:
         """Eight pictures beside what is drawn from their whole labels: previews/step-00000500.png."""
@@ -143,8 +164,12 @@ class LabelledTask(Task):
 
     def _told(self, batch: LabelledBatch, withhold: Withhold) -> tuple[Tensor, Tensor]:
         """Words [B, L, K] and places [B, L, 3] of a batch of scenes."""
-        assert not isinstance(batch.labels, Tensor), "the world's labels are scenes"
         numbers = batch.index.tolist()
-        told = [encode(scene, withhold, self.seed, n) for scene, n in zip(batch.labels, numbers, strict=True)]
+        told = [encode(scene, withhold, self.seed, n) for scene, n in zip(_scenes(batch), numbers, strict=True)]
         words, places = (torch.from_numpy(np.stack(part)).to(self.ranks.device) for part in zip(*told, strict=True))
         return words, places
+
+
+def _scenes(batch: LabelledBatch) -> Sequence[dict[str, Any]]:
+    assert not isinstance(batch.labels, Tensor), "the world's labels are scenes"
+    return batch.labels

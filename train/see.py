@@ -1,8 +1,9 @@
 """Pictures of the world -> a vision tower that tells colours and shapes apart, before any word is learned.
 
 From random weights, answers alone taught the tower nothing in a thousand steps; a picture's answer is one number, its points
-are hundreds. Every visual token must name the colour and the shape at the points of its cell. Letters: B batch, T visual
-tokens of a picture, K points of a token's cell.
+are hundreds. Every visual token must name the colour and the shape at the points of its cell, and say where its cell lies:
+rotary positions alone leave no trace of it in what a token carries, and left and right would be hard to read off.
+Letters: B batch, T visual tokens of a picture, K points of a token's cell.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
 from data.transforms import to_pil
-from data.world.dense import COLOUR_NAMES, SHAPE_NAMES, colour_and_shape
-from data.world.scene import Scene
 from model.assets import locate
 from model.embedded import save
 from model.mllm import MLLMConfig, load
 from model.qwen import Qwen2_5_VL
 from model.vision import batch_equal_pictures
+from train.dense import CLASSES, dense_loss, points_of
 from train.engine import Engine
 from train.ranks import Ranks
 from train.task import Task, engine_for, loader_for
@@ -34,7 +33,7 @@ from train.task import Task, engine_for, loader_for
 if TYPE_CHECKING:
     from train.config import Run
 
-CLASSES = (len(COLOUR_NAMES), len(SHAPE_NAMES))
+PLACE = 2  # column and row of a token, each from -1 to 1
 
 
 @dataclass(frozen=True)
@@ -62,18 +61,25 @@ class SeeTaskConfig:
 
 
 class Tower(nn.Module):
-    """Vision tower and head: patches -> what is at each point."""
+    """Vision tower and head: patches -> what is at each point, and where each token is."""
 
     def __init__(self, visual: Any, points: int) -> None:
         super().__init__()
         batch_equal_pictures(visual)
         self.visual, self.points = visual, points
-        self.head = nn.Linear(visual.config.out_hidden_size, points * points * sum(CLASSES))
+        self.head = nn.Linear(visual.config.out_hidden_size, points * points * sum(CLASSES) + PLACE)
 
-    def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
-        """Patches of B pictures, grids [B, 3] -> logits [B, T, K, classes]."""
+    def forward(self, patches: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches of B pictures, grids [B, 3] -> logits [B, T, K, classes], places [B, T, 2] in [-1, 1]."""
         tokens = self.visual(patches.to(self.visual.dtype), grid_thw=grids).pooler_output  # [B T, D]
-        return self.head(tokens).unflatten(-1, (-1, sum(CLASSES))).unflatten(0, (len(grids), -1)).float()
+        seen = self.head(tokens).unflatten(0, (len(grids), -1)).float()
+        return seen[..., :-PLACE].unflatten(-1, (-1, sum(CLASSES))), seen[..., -PLACE:]
+
+
+def places(side: int) -> Tensor:
+    """Column and row of each of side x side tokens in reading order, [side^2, 2], from -1 to 1."""
+    along = torch.linspace(-1, 1, side)
+    return torch.cartesian_prod(along, along).flip(-1)
 
 
 class SeeTask(Task):
@@ -99,40 +105,22 @@ class SeeTask(Task):
         return iter(self.loader)
 
     def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
-        """Cross-entropy of colours and of shapes over all points; shapes inside objects count a third more."""
+        """What lies at the points of every token's cell, and the squared error of where the token lies."""
         pictures = [to_pil(pixels) for pixels in batch.pixels]
         seen = self.mllm.builder.image_processor(images=pictures, return_tensors="pt").to(self.ranks.device)
         grids = seen["image_grid_thw"]  # [B, 3]
-        colours, shapes = (part.to(self.ranks.device) for part in self._points(batch, grids))  # [B, T, K] each
-        logits = self.engine(seen["pixel_values"], grids)
-        colour_logits, shape_logits = logits.split(CLASSES, dim=-1)
-        inside = shapes > 0
-        of_shapes = F.cross_entropy(shape_logits.flatten(0, 2), shapes.flatten(), reduction="none").view_as(shapes)
-        loss = F.cross_entropy(colour_logits.flatten(0, 2), colours.flatten()) + of_shapes.mean()
-        loss = loss + 0.3 * (of_shapes * inside).sum() / inside.sum().clamp(min=1)
+        assert not isinstance(batch.labels, Tensor), "the world's labels are scenes"
+        side = int(grids[0, 1]) // self.tower.visual.spatial_merge_size  # tokens along a side of a picture
+        points = points_of(batch.labels, side, self.config.points)
+        logits, told = self.engine(seen["pixel_values"], grids)
+        loss, accuracy = dense_loss(logits, *(part.to(self.ranks.device) for part in points))
+        loss = loss + F.mse_loss(told, places(side).to(told).expand_as(told))
         self.engine.backward(loss)
         self.engine.step()
-        right = (shape_logits.argmax(-1) == shapes) & inside
-        return {"loss": loss.detach(), "shape_accuracy": right.sum() / inside.sum().clamp(min=1)}
+        return {"loss": loss.detach(), "shape_accuracy": accuracy}
 
     def release(self, folder: Path) -> None:
         """The whole model, in the hub's layout, with the averaged vision tower."""
         with self.engine.averaged():
             if self.ranks.first:
                 save(folder, self.mllm.model, self.source)
-
-    def _points(self, batch: LabelledBatch, grids: Tensor) -> tuple[Tensor, Tensor]:
-        """Colours and shapes at the points of each visual token's cell, [B, T, K] each, tokens in reading order."""
-        assert not isinstance(batch.labels, Tensor), "the world's labels are scenes"
-        side = int(grids[0, 1]) // self.tower.visual.spatial_merge_size  # tokens along a side of the picture
-        points = self.config.points
-
-        def by_token(values: np.ndarray) -> np.ndarray:
-            cells = values.reshape(side, points, side, points).transpose(0, 2, 1, 3)
-            return cells.reshape(side * side, points * points)
-
-        told = [colour_and_shape(Scene.from_json(label), side * points) for label in batch.labels]
-        colours, shapes = (
-            torch.from_numpy(np.stack([by_token(part) for part in parts])) for parts in zip(*told, strict=True)
-        )
-        return colours, shapes

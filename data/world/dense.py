@@ -9,15 +9,13 @@ COLOUR_NAMES = (*BACKGROUNDS, *COLOURS)
 SHAPE_NAMES = ("background", *SHAPES)
 
 
-def colour_and_shape(scene: Scene, grid: int, pixels_per_point: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers into COLOUR_NAMES and SHAPE_NAMES at the centres of grid x grid cells, each [grid, grid] int64."""
-    size = grid * pixels_per_point
-    colours = np.full((size, size), COLOUR_NAMES.index(scene.background))
-    shapes = np.zeros((size, size), np.int64)
+def colour_and_shape(scene: Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers into COLOUR_NAMES and SHAPE_NAMES of what covers most of each of grid x grid cells, [grid, grid] int64 each."""
+    colours = np.full((grid, grid), COLOUR_NAMES.index(scene.background))
+    shapes = np.zeros((grid, grid), np.int64)
     for thing in scene.objects:
-        rows, columns, coverage = footprint(thing, size)
+        rows, columns, coverage = footprint(thing, grid)
         inside = coverage > 0.5
         colours[rows, columns][inside] = COLOUR_NAMES.index(thing.colour)
         shapes[rows, columns][inside] = SHAPE_NAMES.index(thing.shape)
-    centres = slice(pixels_per_point // 2, None, pixels_per_point)
-    return colours[centres, centres], shapes[centres, centres]
+    return colours, shapes

@@ -1,0 +1,46 @@
+"""Which colour and which shape lies at each point of a picture, as a lesson for a network of tokens over it.
+
+A picture's words are few and its noise is large; its points are hundreds and certain. Letters: B batch, T tokens in
+reading order, K points of a token's cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.world.dense import COLOUR_NAMES, SHAPE_NAMES, colour_and_shape
+from data.world.scene import Scene
+
+CLASSES = (len(COLOUR_NAMES), len(SHAPE_NAMES))
+
+
+def points_of(labels: Sequence[dict[str, Any]], side: int, points: int) -> tuple[Tensor, Tensor]:
+    """Scenes in JSON -> colours and shapes, [B, T, K] each, at points x points places in each of side x side cells."""
+    told = [colour_and_shape(Scene.from_json(label), side * points) for label in labels]
+
+    def by_cell(values: np.ndarray) -> np.ndarray:
+        cells = values.reshape(side, points, side, points).transpose(0, 2, 1, 3)
+        return cells.reshape(side * side, points * points)
+
+    colours, shapes = (torch.from_numpy(np.stack([by_cell(part) for part in parts])) for parts in zip(*told, strict=True))
+    return colours, shapes
+
+
+def dense_loss(logits: Tensor, colours: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B, T, K, sum(CLASSES)] -> cross-entropy, and the share of points inside objects whose shape is named rightly.
+
+    Colours and shapes count over all points, shapes inside objects a third more.
+    """
+    inside = shapes > 0
+    colour_logits, shape_logits = logits.float().split(CLASSES, dim=-1)
+    of_shapes = F.cross_entropy(shape_logits.flatten(0, 2), shapes.flatten(), reduction="none").view_as(shapes)
+    loss = F.cross_entropy(colour_logits.flatten(0, 2), colours.flatten()) + of_shapes.mean()
+    loss = loss + 0.3 * (of_shapes * inside).sum() / inside.sum().clamp(min=1)
+    right = (shape_logits.argmax(-1) == shapes) & inside
+    return loss, right.sum() / inside.sum().clamp(min=1)
