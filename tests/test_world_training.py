@@ -62,6 +62,35 @@ def test_the_vae_loads_in_diffusers_and_gives_latents_of_unit_variance(folder):
     assert 0.5 < latents.std() < 2
 
 
+def test_a_decoder_goes_on_and_leaves_the_encoder_and_its_statistics_bit_for_bit(folder):
+    run = Run(
+        "decode",
+        AutoencoderTaskConfig(
+            channels=(8, 8),
+            latent_channels=4,
+            layers_per_block=1,
+            groups=4,
+            attention=False,
+            init=str(folder / "vae" / "release"),
+            decoder_only=True,
+        ),
+        Data(sources=(World(seed=3),), task="labelled", image_size=16),
+        SHORT,
+        engine=EngineConfig(zero=1, precision="bf16"),  # rounds what it holds
+        out=folder / "decode",
+    )
+    train(run)
+    before, after = (load_vae(VAEConfig(str(folder / name / "release"))).autoencoder for name in ("vae", "decode"))
+    changed = {name.split(".")[0] for name, t in before.state_dict().items() if not torch.equal(t, after.state_dict()[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    assert before.config.latents_mean == after.config.latents_mean
+
+
+def test_a_decoder_alone_needs_an_encoder_to_keep():
+    with pytest.raises(ValueError, match=r"task\.init"):
+        AutoencoderTaskConfig(decoder_only=True)
+
+
 def test_a_labelled_sit_trains_goes_on_and_is_loaded_as_a_decoder(folder):
     task = LabelledTaskConfig(sit=tiny.sit_config(), vae=VAEConfig(str(folder / "vae" / "release")))
     data = Data(sources=(World(),), task="labelled", image_size=16)
@@ -71,6 +100,11 @@ def test_a_labelled_sit_trains_goes_on_and_is_loaded_as_a_decoder(folder):
     assert load_sit(str(release)).config == task.sit
     assert (folder / "sit" / "previews" / "step-00000003.png").is_file()
     train(replace(run, task=replace(task, init=release), out=folder / "on"))  # a new run on the old weights
+    train(replace(run, task=replace(task, align=0.0), out=folder / "unaligned"))
+    assert [("shape_accuracy" in (folder / name / "metrics.jsonl").read_text()) for name in ("sit", "unaligned")] == [
+        True,
+        False,
+    ]
     (release / "labels.safetensors").unlink()
     with pytest.raises(ValueError, match="labels"):
         train(replace(run, task=replace(task, init=release), out=folder / "off"))

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
 from data.transforms import to_pil
-from model.files import publish
+from model.files import match, publish
 from model.noise import noise
+from model.vae import VAEConfig, load_vae
 from sample.files import write_whole
 from sample.grid import Cell, Row, table
 from train.engine import Engine
@@ -43,14 +44,27 @@ class AutoencoderTaskConfig:
     """Self-attention in the middle block."""
     kl_weight: float = 1e-6
     """Weight of the KL divergence per latent value, against the reconstruction error per pixel value."""
+    init: str | None = None
+    """The release of an earlier run of the same shape to go on from. None: fresh weights."""
+    decoder_only: bool = False
+    """Leave the encoder of `init` and its latents bit for bit as they are, for what was trained on them."""
+
+    def __post_init__(self) -> None:
+        if self.decoder_only and self.init is None:
+            raise ValueError("task.decoder_only keeps the encoder of task.init; name the release to take it from")
 
     def build(self, run: Run, ranks: Ranks) -> AutoencoderTask:
-        """A fresh VAE in an engine."""
+        """A VAE, fresh or that of `init`, in an engine."""
         if run.data.task != "labelled":
             raise ValueError(f"data.task is {run.data.task}; an autoencoder learns from labelled pictures")
         module = Codec(self)
+        kept = module.start(self.init) if self.init is not None else None
+        if self.decoder_only:
+            for part in (module.autoencoder.encoder, module.autoencoder.quant_conv):
+                part.requires_grad_(False)
         loader = loader_for(LabelledCollate(run.data.image_size), run, ranks)
-        return AutoencoderTask(module, engine_for(module, run, ranks), loader, self.kl_weight, run.seed, ranks)
+        engine = engine_for(module, run, ranks)
+        return AutoencoderTask(self, module, kept if self.decoder_only else None, engine, loader, run.seed, ranks)
 
 
 class Codec(nn.Module):
@@ -73,6 +87,14 @@ class Codec(nn.Module):
         with torch.no_grad():  # a posterior as wide as the prior would drown what the encoder says at first
             self.autoencoder.quant_conv.bias[logvar] -= 4.0
 
+    def start(self, release: str) -> Any:
+        """Take over the weights of a release, and return its autoencoder. Raises ValueError when its shape is another."""
+        found: Any = load_vae(VAEConfig(release)).autoencoder
+        tensors = found.state_dict()
+        match(tensors, self.autoencoder.state_dict(), Path(release))
+        self.autoencoder.load_state_dict(tensors)
+        return found
+
     def forward(self, pixels: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels [B, 3, H, W] in [-1, 1], eps [B, c, h, w] -> reconstruction, the posterior's mean and log variance."""
         posterior = self.autoencoder.encode(pixels).latent_dist
@@ -83,9 +105,19 @@ class Codec(nn.Module):
 class AutoencoderTask(Task):
     """Trains encoder and decoder; the release carries the mean and deviation of each latent channel."""
 
-    def __init__(self, module: Codec, engine: Engine, loader: Loader, kl_weight: float, seed: int, ranks: Ranks) -> None:
-        self.module, self.engine, self.loader = module, engine, loader
-        self.kl_weight, self.seed, self.ranks = kl_weight, seed, ranks
+    def __init__(
+        self,
+        config: AutoencoderTaskConfig,
+        module: Codec,
+        kept: Any,
+        engine: Engine,
+        loader: Loader,
+        seed: int,
+        ranks: Ranks,
+    ) -> None:
+        self.config, self.module, self.engine, self.loader = config, module, engine, loader
+        self.kept = kept  # the autoencoder whose encoder the release takes over, or None
+        self.seed, self.ranks = seed, ranks
         self.engines = {"main": engine}
 
     def batches(self, samples: int) -> Iterator[LabelledBatch]:
@@ -103,7 +135,7 @@ class AutoencoderTask(Task):
         off = rebuilt.float() - batch.pixels  # [B, 3, H, W]
         absolute, squared = off.abs().mean(), off.square().mean()
         kl = gaussian_kl(mean, logvar).mean()
-        self.engine.backward(absolute + squared + self.kl_weight * kl)
+        self.engine.backward(absolute + squared + self.config.kl_weight * kl)
         self.engine.step()
         return {"l1": absolute.detach(), "mse": squared.detach(), "kl": kl.detach()}
 
@@ -121,18 +153,24 @@ class AutoencoderTask(Task):
             if not self.ranks.first:
                 return
             autoencoder = self.module.autoencoder
-            latents = []
-            for batch in self.batches(0):
-                pixels = batch.pixels.to(self.ranks.device, autoencoder.dtype)
-                latents.append(autoencoder.encode(pixels).latent_dist.mean.float())  # [B, c, h, w]
-                if sum(len(part) for part in latents) >= 2048:
-                    break
-            values = torch.cat(latents)
-            autoencoder.register_to_config(
-                latents_mean=values.mean(dim=(0, 2, 3)).tolist(), latents_std=values.std(dim=(0, 2, 3)).tolist()
-            )
+            if self.kept is None:
+                autoencoder.register_to_config(**self._statistics())
+            else:  # the engine may have rounded what it does not train
+                self.kept.decoder, self.kept.post_quant_conv = autoencoder.decoder, autoencoder.post_quant_conv
+                autoencoder = self.kept
             with publish(folder) as draft:
                 autoencoder.save_pretrained(draft)
+
+    def _statistics(self) -> dict[str, list[float]]:
+        """Mean and deviation of each latent channel over 2,048 pictures."""
+        latents, autoencoder = [], self.module.autoencoder
+        for batch in self.batches(0):
+            pixels = batch.pixels.to(self.ranks.device, autoencoder.dtype)
+            latents.append(autoencoder.encode(pixels).latent_dist.mean.float())  # [B, c, h, w]
+            if sum(len(part) for part in latents) >= 2048:
+                break
+        values = torch.cat(latents)
+        return {"latents_mean": values.mean(dim=(0, 2, 3)).tolist(), "latents_std": values.std(dim=(0, 2, 3)).tolist()}
 
     def _latent_shape(self, pixels: Tensor) -> tuple[int, int, int]:
         height, width = pixels.shape[-2:]
