@@ -3,7 +3,7 @@
     python -m sample.report docs/results.md "What the shipped release draws" scores.json
 
 The page is written anew from its JSON files; each section names the command that made its file, when that file has a
-neighbour NAME.command.txt.
+neighbour NAME.command.txt. A folder of files becomes one table, a line for each.
 """
 
 import sys
@@ -17,6 +17,8 @@ from sample.cli import run
 from sample.files import write_whole
 from sample.measures import Measure, read_json
 
+CONTROLS = {"empty", "blank", "chance"}  # parts of the names of measures of what a model that does not look would earn
+
 
 @dataclass(frozen=True)
 class Args:
@@ -27,7 +29,7 @@ class Args:
     title: Positional[str]
     """Its first line."""
     files: Positional[tuple[Path, ...]]
-    """JSON files of measures, one section each."""
+    """JSON files of measures, one section each; or folders of them, whose measures are set side by side."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,19 +37,42 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, description=Args.__doc__)
     if not args.files:
         raise ValueError("files: name at least one JSON file of measures")
-    sections = [section(path, read_json(path)) for path in args.files]
+    sections = [comparison(path) if path.is_dir() else section(path, read_json(path)) for path in args.files]
     text = f"# {args.title}\n\n" + "\n".join(sections)
     write_whole(args.page, lambda path: path.write_text(text) and None)
 
 
 def section(path: Path, measures: dict[str, Measure]) -> str:
     """One file as a heading, the command that made it, and a table."""
-    note = path.with_suffix(".command.txt")
-    command = f"`{note.read_text().strip()}`\n\n" if note.is_file() else ""
     rows = [f"| {name} | {_value(m)} | {_interval(m)} | {m.n} |" for name, m in measures.items()]
     return (
-        f"## {path.stem}\n\n{command}| measure | value | 95 % interval | n |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+        f"## {path.stem}\n\n{_command(path)}| measure | value | 95 % interval | n |\n|---|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n"
     )
+
+
+def comparison(folder: Path) -> str:
+    """A line for each file of a folder, a column for each measure that all of them hold; controls are left out.
+
+    Raises:
+        ValueError: the folder holds no file of measures.
+    """
+    files = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+    if not files:
+        raise ValueError(f"{folder} holds no .json file of measures; name a folder that a measuring command filled")
+    names = [n for n in next(iter(files.values())) if all(n in f for f in files.values()) and not CONTROLS & {*n.split(".")}]
+    lines = [
+        f"| | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+        *(f"| {file} | {' | '.join(_value(measures[name]) for name in names)} |" for file, measures in files.items()),
+    ]
+    return f"## {folder.name}\n\n{_command(folder)}" + "\n".join(lines) + "\n"
+
+
+def _command(path: Path) -> str:
+    note = path.with_suffix(".command.txt")
+    return f"`{note.read_text().strip()}`\n\n" if note.is_file() else ""
 
 
 def _value(measure: Measure) -> str:

@@ -23,3 +23,18 @@ def test_a_missing_file_leaves_no_page(tmp_path):
     with pytest.raises((ValueError, OSError)):
         main([str(tmp_path / "page.md"), "Results", str(tmp_path / "absent.json")])
     assert not (tmp_path / "page.md").exists()
+
+
+def test_a_folder_becomes_a_line_for_each_file_without_controls(tmp_path):
+    folder = tmp_path / "ablation"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"holds no \.json"):
+        main([str(tmp_path / "page.md"), "Results", str(folder)])
+    for name, right in (("queries_1", 2), ("queries_4", 15)):
+        measures = {"generation.colour": share(right, 20), "generation.chance.colour": share(1, 20)}
+        write_json(folder / f"{name}.json", measures | ({"training.loss": Measure(0.2)} if right > 2 else {}))
+    main([str(tmp_path / "page.md"), "Results", str(folder)])
+    page = (tmp_path / "page.md").read_text()
+    assert "| queries_1 | 10.0 % |\n| queries_4 | 75.0 % |\n" in page
+    assert "chance" not in page
+    assert "loss" not in page

@@ -10,7 +10,7 @@ SHAPE_NAMES = ("background", *SHAPES)
 
 
 def colour_and_shape(scene: Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers into COLOUR_NAMES and SHAPE_NAMES of what covers most of each of grid x grid cells, [grid, grid] int64 each."""
+    """Numbers into COLOUR_NAMES and SHAPE_NAMES of what covers most of grid x grid cells, int64 [grid, grid] each."""
     colours = np.full((grid, grid), COLOUR_NAMES.index(scene.background))
     shapes = np.zeros((grid, grid), np.int64)
     for thing in scene.objects:

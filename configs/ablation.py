@@ -1,0 +1,69 @@
+"""What each part of the bridge is worth: runs of `metaquery.world` that differ in one setting, over the same samples.
+
+`python -m train.ablation` trains and scores them all; `queries_16` is the reference, with a connector of two layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from configs.metaquery import world
+from model.connector import ConnectorConfig
+from train.config import Run
+from train.ema import EmaConfig
+from train.loop import Schedule
+from train.metaquery import MetaQueryTaskConfig
+
+
+def queries_1() -> Run:
+    """All that is to be drawn in one token."""
+    return _changed("queries_1", queries=1)
+
+
+def queries_4() -> Run:
+    """Four queries."""
+    return _changed("queries_4", queries=4)
+
+
+def queries_16() -> Run:
+    """The reference: the shipped bridge, trained for fewer steps."""
+    return _changed("queries_16")
+
+
+def queries_64() -> Run:
+    """As many queries as the paper's, for a sixteenth of its latents."""
+    return _changed("queries_64", queries=64)
+
+
+def random_queries() -> Run:
+    """Queries that stay as they were drawn: only connector and decoder learn."""
+    return _changed("random_queries", learned_queries=False)
+
+
+def prompt_states() -> Run:
+    """The MLLM's last states of the prompt itself, in place of queries."""
+    return _changed("prompt_states", read="prompt")
+
+
+def connector_0() -> Run:
+    """The queries' states through a projection alone."""
+    return _changed("connector_0", connector=ConnectorConfig(layers=0))
+
+
+def connector_6() -> Run:
+    """A connector of six layers."""
+    return _changed("connector_6", connector=ConnectorConfig(layers=6))
+
+
+def _changed(name: str, **changes: Any) -> Run:
+    run = world()
+    assert isinstance(run.task, MetaQueryTaskConfig)
+    return replace(
+        run,
+        name=name,
+        task=replace(run.task, model=replace(run.task.model, **changes)),
+        schedule=Schedule(steps=400, batch_size=64, log_every=10, save_every=100),
+        optim=replace(run.optim, warmup_steps=40),
+        ema=EmaConfig(halflife_images=2_000),
+    )

@@ -1,0 +1,87 @@
+"""What each part of the bridge is worth: the runs of configs/ablation.py, trained, scored and set side by side.
+
+    python -m train.ablation --n 50 --json docs/measures/ablation
+
+Every run sees the same pictures with the same noise, so that their losses can be compared digit by digit. It goes on
+where it was stopped: a run with a JSON file is done.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import tyro
+
+from sample.cli import run
+from sample.measures import Measure, read_json, write_json
+from train.run import names
+
+LAST = 10  # log records at the end of a run whose mean loss is its figure
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train and score every run of configs/ablation.py."""
+
+    json: Path = Path("docs/measures/ablation")
+    """Folder for one file of measures per run; `python -m sample.report` makes a table of it."""
+    out: Path = Path("runs/ablation")
+    """Where the runs lie."""
+    n: int = 50
+    """Held-out prompts per category and run."""
+    steps: int | None = None
+    """Optimizer steps of each run in place of its own number."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains and scores, one run after the other."""
+    args = tyro.cli(Args, args=argv, description=Args.__doc__)
+    args.json.mkdir(parents=True, exist_ok=True)
+    for name in names():
+        module, _, variant = name.partition(".")
+        scores = args.json / f"{variant}.json"
+        if module != "ablation" or scores.is_file():
+            continue
+        folder = args.out / variant
+        steps = [] if args.steps is None else ["--schedule.steps", str(args.steps)]
+        _do("train.run", name, "--out", str(folder), *steps)
+        drawn = folder / "scores.json"
+        _do(
+            "sample.evaluate",
+            "world",
+            "--release",
+            f"{folder}/release",
+            "--n",
+            f"{args.n}",
+            "--images",
+            "0",
+            "--json",
+            f"{drawn}",
+        )
+        write_json(scores, training(folder) | read_json(drawn))
+
+
+def training(folder: Path) -> dict[str, Measure]:
+    """A finished run's loss over its last log records, the samples it saw, and how long a step took."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    return {
+        "training.loss": Measure(fmean(line["loss"] for line in logged[-LAST:]), n=LAST),
+        "training.samples": Measure(logged[-1]["samples"]),
+        "training.step": Measure(fmean(line["step_seconds"] for line in logged), n=len(logged), unit="s"),
+    }
+
+
+def _do(*command: str) -> None:
+    print("python -m", *command, flush=True)
+    if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
+        raise ValueError(f"python -m {command[0]} {command[1]} did not finish; run the ablation again to go on from there")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
