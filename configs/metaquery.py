@@ -46,7 +46,7 @@ def world() -> Run:
     )
     return Run(
         name="world",
-        task=MetaQueryTaskConfig(model, preview=PreviewConfig(prompts)),
+        task=MetaQueryTaskConfig(model, align=0.2, preview=PreviewConfig(prompts)),
         data=Data(sources=(World(),)),
         schedule=Schedule(steps=1500, batch_size=64, log_every=10, save_every=250, preview_every=500),
         optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_steps=100),
@@ -87,7 +87,7 @@ def emoji() -> Run:
     return replace(
         run,
         name="emoji",
-        task=replace(run.task, model=model, preview=PreviewConfig(prompts)),
+        task=replace(run.task, model=model, align=0.0, preview=PreviewConfig(prompts)),
         data=Data(sources=(Shards("shards/emoji/*.tar"),)),
         schedule=replace(run.schedule, steps=4000, save_every=500, preview_every=1000),
     )

@@ -26,10 +26,11 @@ class T2IBatch:
     index: torch.Tensor  # [B] long, global sample numbers
     prefix: Prefix
     pixels: torch.Tensor  # [B, 3, H, W] in [-1, 1]
+    scenes: tuple[dict[str, Any] | None, ...]  # what each picture shows, where its source knows
 
     def to(self, device: Device) -> "T2IBatch":
         """The same batch on another device."""
-        return T2IBatch(self.index.to(device), self.prefix.to(device), self.pixels.to(device))
+        return T2IBatch(self.index.to(device), self.prefix.to(device), self.pixels.to(device), self.scenes)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class TextToImageCollate:
             prompts.append("" if dropped in ("text", "both") else shorten(text, self.builder))
             images.append(() if dropped in ("image", "both") else sources)
         prefix = self.builder.draw(prompts, images)
-        return T2IBatch(torch.tensor(indices), prefix, _pixels(records, self.image_size))
+        scenes = tuple(record.scene if isinstance(record, TextToImage) else None for record in records)
+        return T2IBatch(torch.tensor(indices), prefix, _pixels(records, self.image_size), scenes)
 
 
 @dataclass(frozen=True)

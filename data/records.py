@@ -39,6 +39,7 @@ class TextToImage:
     key: str
     caption: str
     image: Image.Image
+    scene: dict[str, Any] | None = None  # what the picture shows, where its source knows
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def to_record(task: Task, raw: dict[str, Any]) -> Record:
     """The record that `task` trains on; BadSample where the raw sample lacks what the task needs."""
     key = raw["key"]
     if task == "t2i":
-        return TextToImage(key, _caption(raw), _image(raw))
+        return TextToImage(key, _caption(raw), _image(raw), raw["json"].get("scene"))
     if task == "chat":
         return Conversation(key, _turns(raw))
     if task == "labelled":

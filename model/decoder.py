@@ -20,7 +20,7 @@ from model.files import (
     write_json,
     write_tensors,
 )
-from model.sit import SiT, SiTConfig
+from model.sit import SiT, SiTConfig, SiTOutput
 
 
 class Decoder(Protocol):
@@ -70,6 +70,10 @@ class SiTDecoder(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         return self.sit(x_t, t, condition).prediction
+
+    def aligned(self, x_t: Tensor, t: Tensor, condition: Tensor) -> SiTOutput:
+        """The prediction with the hidden layer that an alignment loss looks at."""
+        return self.sit(x_t, t, condition, hidden_at=self.sit.config.align_depth)
 
 
 def save_sit(folder: Path, sit: SiT, beside: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:

@@ -4,7 +4,7 @@ Letters: B batch, Q queries, D MLLM width, C conditioning width, c h w latent ch
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from model.mllm import FrozenMLLM, MLLMConfig, Prefilled, load
 from model.noise import FlowConfig, NoiseConfig, Noising, build_noising
 from model.prefix import Prefix
 from model.queries import Queries
+from model.sit import SiTOutput
 from model.vae import LatentVAE, VAEConfig, load_vae
 
 
@@ -64,9 +65,15 @@ class MetaQuery(nn.Module):
         self.latent_shape = decoder.latent_shape
         self._choose_trainable()
 
-    def forward(self, prefix: Prefix | Prefilled, x_t: Tensor, t: Tensor) -> Tensor:
-        """Prefix of B rows, x_t [B, c, h, w], t [B] in [0, 1] -> prediction [B, c, h, w]."""
-        return self.decoder(x_t, t, self.condition(prefix))
+    @overload
+    def forward(self, prefix: Prefix | Prefilled, x_t: Tensor, t: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, prefix: Prefix | Prefilled, x_t: Tensor, t: Tensor, aligned: Literal[True]) -> SiTOutput: ...
+    def forward(self, prefix: Prefix | Prefilled, x_t: Tensor, t: Tensor, aligned: bool = False) -> Tensor | SiTOutput:
+        """Prefix of B rows, x_t [B, c, h, w], t [B] in [0, 1] -> prediction [B, c, h, w]; when `aligned`, with the
+        decoder's hidden layer that an alignment loss looks at."""
+        decode = self.decoder.aligned if aligned else self.decoder
+        return decode(x_t, t, self.condition(prefix))
 
     def condition(self, prefix: Prefix | Prefilled) -> Tensor:
         """What the decoder is told about each row, [B, Q, C]."""

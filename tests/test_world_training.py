@@ -1,5 +1,6 @@
 """The tasks that make the world's own parts: each trains, releases what the next one loads, and resumes."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 
 from configs import world
 from data.loader import Data, World
-from model.decoder import load_sit
+from model.decoder import SiTDecoderConfig, load_sit
 from model.files import dump_config, read_json
 from model.mllm import MLLMConfig, load
 from model.qwen import Qwen2_5_VL
@@ -20,6 +21,7 @@ from train.config import Run
 from train.engine import EngineConfig
 from train.labelled import LabelledTaskConfig
 from train.loop import Schedule, fit
+from train.metaquery import MetaQueryTaskConfig
 from train.ranks import start
 from train.see import SeeTaskConfig
 
@@ -108,6 +110,25 @@ def test_a_labelled_sit_trains_goes_on_and_is_loaded_as_a_decoder(folder):
     (release / "labels.safetensors").unlink()
     with pytest.raises(ValueError, match="labels"):
         train(replace(run, task=replace(task, init=release), out=folder / "off"))
+
+
+def test_a_bridge_learns_from_what_its_decoder_knows_of_each_point(folder):
+    """A step with the alignment moves the bridge where a step without it does not, and is refused where it cannot be."""
+    model = tiny.metaquery_config(folder / "bridge", decoder=SiTDecoderConfig(path=str(folder / "sit" / "release")))
+    run = Run("on", MetaQueryTaskConfig(model, align=0.5), Data(sources=(World(),), image_size=16), SHORT, engine=FP32)
+    for name, align in (("aligned", 0.5), ("plain", 0.0)):
+        train(replace(run, task=replace(run.task, align=align), out=folder / name))
+    first = {
+        name: json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("aligned", "plain")
+    }
+    assert first["aligned"]["loss"] == first["plain"]["loss"]
+    assert first["aligned"]["grad_norm"] != first["plain"]["grad_norm"]
+    assert 0 <= first["aligned"]["shape_accuracy"] <= 1
+    with pytest.raises(ValueError, match="scenes"):
+        run.task.build(replace(run, data=replace(run.data, task="edit")), start(60))
+    (folder / "sit" / "release" / "align.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"align\.safetensors"):
+        run.task.build(run, start(60))
 
 
 def test_a_vision_tower_learns_dense_labels_and_leaves_the_language_model_alone(folder):

@@ -1,23 +1,58 @@
 """Which colour and which shape lies at each point of a picture, as a lesson for a network of tokens over it.
 
-A picture's words are few and its noise is large; its points are hundreds and certain. Letters: B batch, T tokens in
-reading order, K points of a token's cell.
+A picture's words are few and its noise is large; its points are hundreds and certain. This is REPA's alignment (Yu et al.,
+2025) with the world's truth in the place of a vision encoder. Letters: B batch, T tokens in reading order, K points of a
+token's cell, D width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.world.dense import COLOUR_NAMES, SHAPE_NAMES, colour_and_shape
 from data.world.scene import Scene
+from model.assets import locate
+from model.files import read_tensors
 
 CLASSES = (len(COLOUR_NAMES), len(SHAPE_NAMES))
+HEAD_FILE = "align.safetensors"
+
+
+class DenseHead(nn.Linear):
+    """Tokens [B, T, D] -> logits [B, T, K, sum(CLASSES)] of what lies at points x points places of each token's cell."""
+
+    def __init__(self, width: int, points: int) -> None:
+        super().__init__(width, points**2 * sum(CLASSES))
+        self.points = points
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).unflatten(-1, (-1, sum(CLASSES)))
+
+    def loss(self, logits: Tensor, scenes: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        """`dense_loss` of the logits for square pictures of scenes in JSON."""
+        points = points_of(scenes, math.isqrt(logits.shape[1]), self.points)
+        return dense_loss(logits, *(part.to(logits.device) for part in points))
+
+
+def load_head(folder: str) -> DenseHead:
+    """The head that a labelled SiT's release keeps beside it. Raises ValueError when there is none."""
+    found = locate(folder)
+    if found is None or not (found / HEAD_FILE).is_file():
+        raise ValueError(
+            f"decoder.path {folder!r} has no {HEAD_FILE}; train the decoder with task.align, or set task.align to 0"
+        )
+    tensors = read_tensors(found / HEAD_FILE)
+    places, width = tensors["weight"].shape
+    head = DenseHead(width, math.isqrt(places // sum(CLASSES)))
+    head.load_state_dict(tensors)
+    return head.requires_grad_(False)
 
 
 def points_of(labels: Sequence[dict[str, Any]], side: int, points: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ c h w latent channels, height, width, L label tokens.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from model.sit import SiT, SiTConfig, SiTOutput
 from model.vae import LatentVAE, VAEConfig, load_vae
 from sample.solver import solve
 from train.autoencoder import compare
-from train.dense import CLASSES, dense_loss, points_of
+from train.dense import HEAD_FILE, DenseHead, load_head
 from train.engine import Engine
 from train.loss import squared_error
 from train.ranks import Ranks
@@ -50,7 +49,7 @@ class LabelledTaskConfig:
     withhold: Withhold = field(default_factory=Withhold)
     align: float = 0.2
     """Weight of the alignment: after `sit.align_depth` blocks each latent token must tell what lies at the points of its
-    cell, as in REPA (Yu et al., 2025) with the world's truth in place of a vision encoder. 0: none."""
+    cell (train/dense.py). 0: none."""
     align_points: int = 8
     """Points along a side of a latent token's cell."""
     init: Path | None = None
@@ -71,13 +70,13 @@ class LabelledTaskConfig:
 
 
 class LabelledSiT(nn.Module):
-    """Labels -> tokens -> SiT, in one forward; with `points`, a head on its aligned layer, which no release keeps."""
+    """Labels -> tokens -> SiT, in one forward; with `points`, a head on its aligned layer."""
 
     def __init__(self, config: SiTConfig, points: int = 0):
         super().__init__()
         self.labels = Labels(labels_config(config.condition_width))
         self.sit = SiT(config)
-        self.head = nn.Linear(config.width, points**2 * sum(CLASSES)) if points else None
+        self.head = DenseHead(config.width, points) if points else None
 
     def forward(self, words: Tensor, places: Tensor, x_t: Tensor, t: Tensor) -> SiTOutput:
         """words [B, L, K], places [B, L, 3], x_t [B, c, h, w], t [B] -> prediction [B, c, h, w], and with a head its
@@ -86,7 +85,7 @@ class LabelledSiT(nn.Module):
         out = self.sit(x_t, t, self.labels(words, places), hidden_at=aligned)
         if self.head is None:
             return out
-        return SiTOutput(out.prediction, self.head(out.hidden).unflatten(-1, (-1, sum(CLASSES))))
+        return SiTOutput(out.prediction, self.head(out.hidden))
 
     def start(self, release: Path) -> None:
         """Take over what `release` wrote. Raises ValueError when a file is missing or of another shape."""
@@ -94,6 +93,8 @@ class LabelledSiT(nn.Module):
         match(tensors, self.labels.state_dict(), release / LABELS_FILE)
         self.labels.load_state_dict(tensors)
         self.sit.load_state_dict(load_sit(str(release)).state_dict())
+        if self.head is not None and (release / HEAD_FILE).is_file():
+            self.head.load_state_dict(load_head(str(release)).state_dict())
 
 
 class LabelledTask(Task):
@@ -132,8 +133,8 @@ class LabelledTask(Task):
         loss = squared_error(prediction, self.noising.target(x0, eps, t)).mean()
         measured, objective = {"loss": loss.detach()}, loss
         if logits is not None:
-            points = points_of(_scenes(batch), math.isqrt(logits.shape[1]), self.config.align_points)
-            align, accuracy = dense_loss(logits, *(part.to(device) for part in points))
+            assert self.module.head is not None
+            align, accuracy = self.module.head.loss(logits, _scenes(batch))
             measured |= {"align": align.detach(), "shape_accuracy": accuracy}
             objective = loss + self.config.align * align
         self.engine.backward(objective)
@@ -156,11 +157,14 @@ class LabelledTask(Task):
             compare(batch.pixels[rows], self.vae.decode(drawn), ("picture", "drawn"), folder / f"step-{step:08d}.png")
 
     def release(self, folder: Path) -> None:
-        """The averaged SiT, as `model.decoder.load_sit` reads it, and the label embedding beside it; both in bfloat16."""
+        """The averaged SiT, as `model.decoder.load_sit` reads it, with label embedding and head beside it; in bfloat16."""
         with self.engine.averaged():
             if self.ranks.first:
                 rounded = copy.deepcopy(self.module).bfloat16()
-                save_sit(folder, rounded.sit, {LABELS_FILE: rounded.labels.state_dict()})
+                beside = {LABELS_FILE: rounded.labels.state_dict()}
+                if rounded.head is not None:
+                    beside[HEAD_FILE] = rounded.head.state_dict()
+                save_sit(folder, rounded.sit, beside)
 
     def _told(self, batch: LabelledBatch, withhold: Withhold) -> tuple[Tensor, Tensor]:
         """Words [B, L, K] and places [B, L, 3] of a batch of scenes."""

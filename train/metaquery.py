@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from data.batch import T2IBatch, TextToImageCollate
-from data.loader import Loader
+from data.loader import Loader, World
 from model.files import match, read_tensors
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 from model.noise import noise
 from model.store import save
+from train.dense import DenseHead, load_head
 from train.engine import Engine
 from train.loss import squared_error
 from train.preview import PreviewConfig, draw_preview
@@ -33,6 +34,9 @@ class MetaQueryTaskConfig:
     """The model to train, what it starts from, and what it is asked to draw on the way."""
 
     model: MetaQueryConfig
+    align: float = 0.0
+    """Weight of the alignment: a frozen decoder told rightly what to draw knows what lies at each point, and its head says
+    so (train/dense.py). Needs a world's pictures and a decoder.path with a head. 0: none, as published."""
     init: Path | None = None
     """A release whose weights are the start: a new stage on an old one. None: fresh queries and connector."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
@@ -47,19 +51,38 @@ class MetaQueryTaskConfig:
         if self.init is not None:
             start(model, self.init)
         model.place(ranks.device)
+        head = self._head(run)
         collate = TextToImageCollate(model.mllm.builder, run.data.image_size, run.data.dropout, run.seed)
         loader = loader_for(collate, run, ranks)
-        return MetaQueryTask(model, engine_for(model, run, ranks), loader, self.preview, run.seed, ranks)
+        return MetaQueryTask(
+            self, model, head and head.to(ranks.device), engine_for(model, run, ranks), loader, run.seed, ranks
+        )
+
+    def _head(self, run: Run) -> DenseHead | None:
+        if not self.align:
+            return None
+        if not all(isinstance(source, World) for source in run.data.sources) or run.data.task != "t2i":
+            raise ValueError("task.align needs scenes: give data.sources of generated worlds alone, or set task.align to 0")
+        if self.model.decoder.path is None:
+            raise ValueError("task.align needs a trained decoder: give decoder.path, or set task.align to 0")
+        return load_head(self.model.decoder.path)
 
 
 class MetaQueryTask(Task):
     """Trains queries, connector and the configured part of the decoder; the MLLM and the VAE are only read."""
 
     def __init__(
-        self, model: MetaQuery, engine: Engine, loader: Loader, preview: PreviewConfig, seed: int, ranks: Ranks
+        self,
+        config: MetaQueryTaskConfig,
+        model: MetaQuery,
+        head: DenseHead | None,
+        engine: Engine,
+        loader: Loader,
+        seed: int,
+        ranks: Ranks,
     ) -> None:
-        self.model, self.engine, self.loader = model, engine, loader
-        self.previews, self.seed, self.ranks = preview, seed, ranks
+        self.config, self.model, self.head, self.engine, self.loader = config, model, head, engine, loader
+        self.previews, self.seed, self.ranks = config.preview, seed, ranks
         self.engines = {"main": engine}
 
     def batches(self, samples: int) -> Iterator[T2IBatch]:
@@ -68,18 +91,26 @@ class MetaQueryTask(Task):
         return iter(self.loader)
 
     def step(self, batch: T2IBatch) -> dict[str, Tensor]:
-        """Mean over the batch of |prediction(x_t, t, prefix) - target|^2."""
+        """Mean over the batch of |prediction(x_t, t, prefix) - target|^2, and the alignment where it is asked for."""
         noising, device = self.model.noising, self.ranks.device
         # Addressed by sample number on the CPU, before the batch moves: reading numbers back from a GPU would wait.
         t = noising.times(batch.index, self.seed).to(device, non_blocking=True)  # [B]
         eps = noise(batch.index, self.seed, self.model.latent_shape).to(device, non_blocking=True)  # [B, c, h, w]
         batch = batch.to(device)
         x0 = self.model.vae.encode(batch.pixels)  # [B, c, h, w]
-        prediction = self.engine(batch.prefix, noising.mix(x0, eps, t), t)  # [B, c, h, w]
-        loss = squared_error(prediction, noising.target(x0, eps, t)).mean()
-        self.engine.backward(loss)
+        x_t, target = noising.mix(x0, eps, t), noising.target(x0, eps, t)  # [B, c, h, w] each
+        if self.head is None:
+            loss = squared_error(self.engine(batch.prefix, x_t, t), target).mean()
+            objective, measured = loss, {"loss": loss.detach()}
+        else:
+            prediction, hidden = self.engine(batch.prefix, x_t, t, True)
+            loss = squared_error(prediction, target).mean()
+            align, accuracy = self.head.loss(self.head(hidden.float()), [scene for scene in batch.scenes if scene])
+            objective = loss + self.config.align * align
+            measured = {"loss": loss.detach(), "align": align.detach(), "shape_accuracy": accuracy}
+        self.engine.backward(objective)
         self.engine.step()
-        return {"loss": loss.detach()}
+        return measured
 
     def counts(self) -> dict[str, int]:
         """Samples that could not be used and were replaced."""
