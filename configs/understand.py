@@ -1,4 +1,4 @@
-"""Training the embedded MLLM: three stages, each going on from the folder that the one before released.
+"""Training the embedded MLLM: five stages, each going on from the folder that the one before released.
 
 The last release is what `assets/world/mllm` holds.
 """
@@ -81,7 +81,27 @@ def instruct() -> Run:
         run,
         name="instruct",
         task=UnderstandConfig(init=Path("runs/align/release")),
-        schedule=replace(run.schedule, steps=6000, save_every=500, preview_every=2000),
+        schedule=replace(run.schedule, steps=2000, save_every=250, preview_every=250),
         optim=replace(run.optim, warmup_steps=200, floor=0.02),
         ema=EmaConfig(halflife_images=20_000),
+    )
+
+
+def relate() -> Run:
+    """Stage 3: more about where things stand, which comes last by itself.
+
+    python -m train.run understand.relate
+
+    2 CPU cores, half an hour; relations go from chance to most.
+    """
+    run = instruct()
+    return replace(
+        run,
+        name="relate",
+        task=UnderstandConfig(
+            init=Path("runs/instruct/release"), shares=Shares(describe=0.15, read=0.15, where=0.4), max_answers=5
+        ),
+        data=Data(sources=(World(seed=8),), task="chat"),
+        schedule=replace(run.schedule, steps=1000),
+        optim=replace(run.optim, lr=8e-4, warmup_steps=50),
     )

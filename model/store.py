@@ -78,9 +78,7 @@ def _frozen(model: MetaQuery) -> dict[str, dict[str, Any]]:
         "vae": {"path": config.vae.path, "sha256": fingerprint(tensors_of(model.vae.autoencoder))},
     }
     if config.decoder.path is not None:
-        own = model.own_tensors().keys()
-        rest = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
-        parts["decoder"] = {"path": config.decoder.path, "sha256": fingerprint(rest)}
+        parts["decoder"] = {"path": config.decoder.path, "sha256": model.decoder_sha256}
     return parts
 
 

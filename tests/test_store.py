@@ -53,6 +53,17 @@ def test_a_release_comes_back_bit_for_bit(model, release):
     assert torch.equal(model.eval()(prefix, x_t, t), again(prefix, x_t, t))
 
 
+def test_a_decoder_that_an_engine_rounded_is_still_the_one_at_its_path(model, tmp_path):
+    rounded = build(model.config)
+    for parameter in rounded.decoder.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16().float()
+    assert not torch.equal(rounded.decoder.sit.embed.weight, model.decoder.sit.embed.weight)
+    store.save(tmp_path / "release", rounded)
+    again = store.load(tmp_path / "release")
+    assert torch.equal(again.decoder.sit.embed.weight, model.decoder.sit.embed.weight)
+
+
 def test_it_holds_what_was_trained_and_names_the_rest(model, release):
     stored = load_file(release / "model.safetensors")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

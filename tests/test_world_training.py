@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 
 from configs import world
 from data.loader import Data, World
+from model import store
 from model.decoder import SiTDecoderConfig, load_sit
 from model.files import dump_config, read_json
 from model.mllm import MLLMConfig, load
@@ -115,7 +116,13 @@ def test_a_labelled_sit_trains_goes_on_and_is_loaded_as_a_decoder(folder):
 def test_a_bridge_learns_from_what_its_decoder_knows_of_each_point(folder):
     """A step with the alignment moves the bridge where a step without it does not, and is refused where it cannot be."""
     model = tiny.metaquery_config(folder / "bridge", decoder=SiTDecoderConfig(path=str(folder / "sit" / "release")))
-    run = Run("on", MetaQueryTaskConfig(model, align=0.5), Data(sources=(World(),), image_size=16), SHORT, engine=FP32)
+    run = Run(
+        "on",
+        MetaQueryTaskConfig(model, align=0.5),
+        Data(sources=(World(),), image_size=16),
+        SHORT,
+        engine=EngineConfig(zero=1),
+    )
     for name, align in (("aligned", 0.5), ("plain", 0.0)):
         train(replace(run, task=replace(run.task, align=align), out=folder / name))
     first = {
@@ -124,6 +131,7 @@ def test_a_bridge_learns_from_what_its_decoder_knows_of_each_point(folder):
     assert first["aligned"]["loss"] == first["plain"]["loss"]
     assert first["aligned"]["grad_norm"] != first["plain"]["grad_norm"]
     assert 0 <= first["aligned"]["shape_accuracy"] <= 1
+    store.load(folder / "aligned" / "release")  # its decoder is still the one it names
     with pytest.raises(ValueError, match="scenes"):
         run.task.build(replace(run, data=replace(run.data, task="edit")), start(60))
     (folder / "sit" / "release" / "align.safetensors").unlink()

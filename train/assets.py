@@ -38,8 +38,10 @@ STAGES = (
     Stage("language", "understand.language", None),
     Stage("see", "understand.see", None, ("--task.init", "runs/assets/language/release")),
     Stage("align", "understand.align", None, ("--task.init", "runs/assets/see/release")),
-    Stage("mllm", "understand.instruct", "mllm", ("--task.init", "runs/assets/align/release")),
+    Stage("instruct", "understand.instruct", None, ("--task.init", "runs/assets/align/release")),
+    Stage("mllm", "understand.relate", "mllm", ("--task.init", "runs/assets/instruct/release")),
     Stage("vae", "world.vae", "vae"),
+    Stage("vae_decoder", "world.vae_decoder", "vae"),
     Stage("sit", "world.decoder", "sit"),
     Stage("bridge", "metaquery.world", "release"),
 )
@@ -68,13 +70,19 @@ def make(stage: Stage) -> None:
     print(f"{stage.name}: {' '.join(command[1:])}", flush=True)
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
         raise ValueError(f"stage {stage.name} did not finish; see {folder}/metrics.jsonl, then run the same command again")
+    keep(stage)
+
+
+def keep(stage: Stage) -> None:
+    """Puts the release of a stage that has run in place, and its log beside the assets."""
+    folder = RUNS / stage.name
     if stage.becomes:
         with publish(ASSETS / stage.becomes) as draft:
             shutil.copytree(folder / "release", draft, dirs_exist_ok=True)
-        for kept in ("run.json", "metrics.jsonl"):
-            target = ASSETS / "logs" / f"{stage.name}.{kept}"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / kept, target)
+    for kept in ("run.json", "metrics.jsonl"):
+        target = ASSETS / "logs" / f"{stage.name}.{kept}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / kept, target)
 
 
 def report() -> str:
@@ -84,8 +92,8 @@ def report() -> str:
         "",
         "Written by `python -m train.assets` (`make assets`) from the files in `logs/`; nothing here is typed by hand.",
         "",
-        "| stage | command | seed | steps | samples | wall time | last metrics |",
-        "|---|---|---|---|---|---|---|",
+        "| stage | command | goes on from | seed | steps | samples | wall time | last metrics |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for stage in STAGES:
         log = ASSETS / "logs" / f"{stage.name}.metrics.jsonl"
@@ -104,8 +112,9 @@ def _row(stage: Stage, log: Path) -> str:
         before = record["step"]
     skipped = ("step", "samples", "lr", "images_per_second", "step_seconds", "data_seconds", "refused", "time")
     last = ", ".join(f"{k} {v:.4g}" for k, v in logged[-1].items() if k not in skipped and isinstance(v, int | float))
+    command = f"python -m train.run assets/world/logs/{stage.name}.run.json"
     return (
-        f"| {stage.name} | `python -m train.run {stage.run}` | {settings['seed']} | {logged[-1]['step']} | "
+        f"| {stage.name} | `{command}` | {settings['task'].get('init') or ''} | {settings['seed']} | {logged[-1]['step']} | "
         f"{logged[-1]['samples']} | {seconds / 60:.0f} min | {last} |"
     )
 

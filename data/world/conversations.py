@@ -1,8 +1,8 @@
 """(seed, index, split) -> a conversation about a generated picture or a generated description.
 
-Three kinds, each a pure function of its address: questions about a picture, a picture described in full, and questions
-about a description in words. The last makes the language model bind colours and places to things it only reads of, which
-is what learned queries need to find in it.
+Four kinds, each a pure function of its address: questions about a picture, about where things stand in one, a picture
+described in full, and questions about a description in words. The last makes the language model bind colours and places to
+things it only reads of, which is what learned queries need to find in it.
 """
 
 import random
@@ -31,6 +31,7 @@ class Shares:
 
     describe: float = 0.2
     read: float = 0.25
+    where: float = 0.0
 
 
 def conversation(
@@ -43,7 +44,9 @@ def conversation(
     if kind < shares.read:
         return _read(scene, rng)
     picture = Image.fromarray(render(scene, size))
-    if kind < shares.read + shares.describe:
+    if kind > 1 - shares.where:
+        asked = _pairs(_where(scene, rng) or questions(scene, rng))
+    elif kind < shares.read + shares.describe:
         asked = [(rng.choice(DESCRIBE), describe(scene, rng, full=True).text), *_pairs(questions(scene, rng)[:2])]
     else:
         asked = _pairs(questions(scene, rng))
@@ -57,6 +60,14 @@ def answerable(caption: Caption, scene: Scene, rng: random.Random) -> list[Quest
         first, words, second = caption.link
         text = f"Is {caption.groups[first].definite} left of, right of, above or below {caption.groups[second].definite}?"
         asked.append(Question("relation", text, words, ()))
+    rng.shuffle(asked)
+    return asked
+
+
+def _where(scene: Scene, rng: random.Random) -> list[Question]:
+    """Several questions about places and relations, none twice."""
+    drawn = [ask(kind, scene, rng) for kind in ("relation", "place") * 3]
+    asked = list({question.text: question for question in drawn if question is not None}.values())
     rng.shuffle(asked)
     return asked
 

@@ -1,4 +1,4 @@
-"""Scene -> questions with short answers, of seven kinds, balanced so that a guess without the picture earns chance.
+"""Scene -> questions with short answers, of eight kinds, balanced so that a guess without the picture earns chance.
 
 Every question can be answered from the picture alone and has one right answer: the things it speaks of are unique.
 """
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from data.world.captions import NUMBERS, PLURALS
 from data.world.scene import COLOURS, OPPOSITE, RELATIONS, SHAPES, SIZES, Object, Scene, relation
 
-KINDS = ("existence", "colour", "shape", "size", "count", "relation", "comparison")
+KINDS = ("existence", "colour", "shape", "size", "count", "place", "relation", "comparison")
+CLEARLY_OFF = 0.08  # from the middle of the picture, as a fraction of the canvas
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,19 @@ def _count(scene: Scene, rng: random.Random) -> Question:
     return Question("count", f"How many {noun} are there?", NUMBERS[wanted], choices)
 
 
+def _place(scene: Scene, rng: random.Random) -> Question | None:
+    """In which half of the picture a thing clearly lies."""
+    halves = []
+    for thing in _unique_names(scene):
+        for away, text, words in (
+            (thing.x - 0.5, f"Is the {thing.name} on the left or on the right of the picture?", ("left", "right")),
+            (thing.y - 0.5, f"Is the {thing.name} above or below the middle of the picture?", ("above", "below")),
+        ):
+            if abs(away) >= CLEARLY_OFF:
+                halves.append(Question("place", text, words[away > 0], words))
+    return rng.choice(halves) if halves else None
+
+
 def _relation(scene: Scene, rng: random.Random) -> Question | None:
     things = _unique_names(scene)
     pairs = [(a, b, words) for a in things for b in things if a is not b and (words := relation(a, b))]
@@ -129,6 +143,7 @@ _ASKERS = {
     "shape": _shape,
     "size": _size,
     "count": _count,
+    "place": _place,
     "relation": _relation,
     "comparison": _comparison,
 }
