@@ -80,7 +80,7 @@ def instruct() -> Run:
     return replace(
         run,
         name="instruct",
-        task=UnderstandConfig(init=Path("runs/align/release")),
+        task=UnderstandConfig(init=Path("runs/align/release"), place=0.5),
         schedule=replace(run.schedule, steps=2000, save_every=250, preview_every=250),
         optim=replace(run.optim, warmup_steps=200, floor=0.02),
         ema=EmaConfig(halflife_images=20_000),
@@ -99,7 +99,10 @@ def relate() -> Run:
         run,
         name="relate",
         task=UnderstandConfig(
-            init=Path("runs/instruct/release"), shares=Shares(describe=0.15, read=0.15, where=0.4), max_answers=5
+            init=Path("runs/instruct/release"),
+            shares=Shares(describe=0.15, read=0.15, where=0.4),
+            max_answers=5,
+            place=0.5,
         ),
         data=Data(sources=(World(seed=8),), task="chat"),
         schedule=replace(run.schedule, steps=1000),

@@ -76,10 +76,9 @@ class Tower(nn.Module):
         return seen[..., :-PLACE].unflatten(-1, (-1, sum(CLASSES))), seen[..., -PLACE:]
 
 
-def places(side: int) -> Tensor:
-    """Column and row of each of side x side tokens in reading order, [side^2, 2], from -1 to 1."""
-    along = torch.linspace(-1, 1, side)
-    return torch.cartesian_prod(along, along).flip(-1)
+def places(rows: int, columns: int) -> Tensor:
+    """Column and row of each of rows x columns tokens in reading order, [rows columns, 2], from -1 to 1."""
+    return torch.cartesian_prod(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns)).flip(-1)
 
 
 class SeeTask(Task):
@@ -114,7 +113,7 @@ class SeeTask(Task):
         points = points_of(batch.labels, side, self.config.points)
         logits, told = self.engine(seen["pixel_values"], grids)
         loss, accuracy = dense_loss(logits, *(part.to(self.ranks.device) for part in points))
-        loss = loss + F.mse_loss(told, places(side).to(told).expand_as(told))
+        loss = loss + F.mse_loss(told, places(side, side).to(told).expand_as(told))
         self.engine.backward(loss)
         self.engine.step()
         return {"loss": loss.detach(), "shape_accuracy": accuracy}

@@ -34,6 +34,7 @@ from sample.measures import show, write_json
 from sample.world_answers import exams, understanding
 from train.engine import Engine, micro_batch_size
 from train.ranks import Ranks
+from train.see import places
 from train.talk import GroupCollate, Talk, only_world, training_text
 from train.task import Task, engine_for
 
@@ -58,6 +59,9 @@ class UnderstandConfig:
     """All pictures have one size, as the generated world's do; then the vision tower runs twice as fast."""
     max_answers: int = 4
     """Longer conversations are cut after so many."""
+    place: float = 0.0
+    """Weight of telling from each visual token where in its picture it lies. Answers alone let the tower forget it, long
+    before they ask for it. 0: none."""
     group: int = 4
     """Batches are sorted by length in groups of so many, which saves padding; 1 keeps the loader's order."""
     text_conversations: int = 6000
@@ -82,7 +86,7 @@ class UnderstandConfig:
         if self.equal_pictures:
             batch_equal_pictures(mllm.model.model.visual)
         choose_trainable(mllm.model, self.trainable)
-        speaker = Speaker(mllm.model).train()
+        speaker = Speaker(mllm.model, tell_places=self.place > 0).train()
         collate = GroupCollate(ChatCollate(mllm.builder), self.group, self.max_answers, run.seed)
         size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
         if self.shares is None:
@@ -116,13 +120,20 @@ class UnderstandConfig:
 class Speaker(nn.Module):
     """Predicts the assistant's words, and only those: the logits of all other positions are never computed.
 
-    Parameters are named as in the model's own files. A head that is tied to the token embeddings is theirs: registered
-    under its own name as well, one tensor would have two owners.
+    With `tell_places` it also says from each visual token where that token lies. Parameters are named as in the model's own
+    files. A head that is tied to the token embeddings is theirs: registered under its own name as well, one tensor would
+    have two owners.
     """
 
-    def __init__(self, whole: Qwen2_5_VLForConditionalGeneration) -> None:
+    def __init__(self, whole: Qwen2_5_VLForConditionalGeneration, tell_places: bool = False) -> None:
         super().__init__()
         self.model = whole.model
+        vision: Any = whole.config.vision_config
+        self.place = nn.Linear(vision.out_hidden_size, 2) if tell_places else None
+        self._seen: list[Tensor] = []  # what the tower made of the pictures of the step under way
+        if tell_places:
+            visual: Any = self.model.visual
+            visual.register_forward_hook(lambda tower, given, made: self._seen.append(made.pooler_output))
         self.lm_head = None if whole.lm_head.weight is whole.get_input_embeddings().weight else whole.lm_head
         self._whole = (whole,)
 
@@ -131,16 +142,30 @@ class Speaker(nn.Module):
         """The model as transformers knows it, over the same parameters."""
         return self._whole[0]
 
-    def forward(self, prefix: Prefix, said: Tensor) -> Tensor:
-        """Prefix and which of its tokens are answers [B, P] bool -> logits [N, V] of those, row by row."""
+    def forward(self, prefix: Prefix, said: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Prefix and which of its tokens are answers [B, P] bool -> logits [N, V] of those, row by row; and the squared
+        error [] of the visual tokens' places, where it tells them."""
+        self._seen.clear()
         states = self.model(**arguments(prefix), use_cache=False).last_hidden_state  # [B, P, D]
         if prefix.pixels is None:  # every rank uses the same parameters, or ZeRO's collectives would not meet
             states = states + 0 * self._see_nothing(states.device)
         states = states[:, :-1][said[:, 1:]]  # [N, D]; a token is predicted from the one before it
+        off = None
+        if self.place is not None:
+            told = self.place(torch.cat(self._seen)).float()  # [visual tokens, 2]
+            off = F.mse_loss(told, self._places(prefix, told))
         if self.lm_head is not None:
-            return self.lm_head(states)
+            return self.lm_head(states), off
         embeddings: Any = self.model.get_input_embeddings()
-        return F.linear(states, embeddings.weight)
+        return F.linear(states, embeddings.weight), off
+
+    def _places(self, prefix: Prefix, told: Tensor) -> Tensor:
+        """Column and row of every visual token, [visual tokens, 2]; what the tower saw in place of nothing is nowhere."""
+        if prefix.grids is None:
+            return told.detach()
+        vision: Any = self.whole.config.vision_config
+        merge = vision.spatial_merge_size
+        return torch.cat([places(int(h) // merge, int(w) // merge) for _, h, w in prefix.grids.tolist()]).to(told)
 
     def _see_nothing(self, device: torch.device) -> Tensor:
         """The mean over what the vision tower makes of the smallest picture, []."""
@@ -186,11 +211,16 @@ class UnderstandTask(Task):
         wanted = batch.targets[:, 1:][said[:, 1:]]  # [N]
         # Each rank's mean would weigh a token by how few its rank has; the engine divides by `world`.
         weight = self.ranks.world / self.ranks.sum(torch.tensor(float(len(wanted)), device=wanted.device)).clamp(min=1)
-        logits = self.engine(batch.prefix, said)  # [N, V]
+        logits, off = self.engine(batch.prefix, said)  # [N, V], []
         loss = F.cross_entropy(logits.float(), wanted, reduction="sum") * weight
-        self.engine.backward(loss)
+        measured = {"loss": loss.detach(), "token_accuracy": (logits.argmax(-1) == wanted).sum() * weight}
+        objective = loss
+        if off is not None:
+            measured["place"] = off.detach()
+            objective = loss + self.config.place * off
+        self.engine.backward(objective)
         self.engine.step()
-        return {"loss": loss.detach(), "token_accuracy": (logits.argmax(-1) == wanted).sum() * weight}
+        return measured
 
     def preview(self, folder: Path, step: int) -> None:
         """Ask what a release of this moment would be asked: previews/step-00000500.json, and a line of metrics.jsonl."""
