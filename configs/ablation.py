@@ -56,6 +56,13 @@ def connector_6() -> Run:
     return _changed("connector_6", connector=ConnectorConfig(layers=6))
 
 
+def unaligned() -> Run:
+    """The published loss alone: nothing tells the bridge what its decoder knows of each point."""
+    run = _changed("unaligned")
+    assert isinstance(run.task, MetaQueryTaskConfig)
+    return replace(run, task=replace(run.task, align=0.0))
+
+
 def _changed(name: str, **changes: Any) -> Run:
     run = world()
     assert isinstance(run.task, MetaQueryTaskConfig)

@@ -61,7 +61,8 @@ def decoder() -> Run:
 
     python -m train.run world.decoder
 
-    2 CPU cores, about an hour; the loss falls below 0.2.
+    2 CPU cores, some hours; the shipped one was trained in rounds, each going on from the one before with `task.init`
+    (assets/world/README.md). Without the alignment its colours and places came right, its shapes did not.
     """
     sit = SiTConfig(
         latent_channels=4,

@@ -161,11 +161,12 @@ def test_the_tower_learns_where_its_tokens_lie_only_when_asked(folder, tmp_path)
     assert parameters(tmp_path / "release").keys() == parameters(folder).keys()
     mllm = load(MLLMConfig(str(folder), dtype="float32"))
     assert isinstance(mllm, Qwen2_5_VL)
-    speaker = Speaker(mllm.model, tell_places=True)
+    speaker = Speaker(mllm.model.requires_grad_(True), tell_places=True)
     prefix, targets = mllm.builder.with_targets(talks(3, read=1.0))
     _, nowhere = speaker(prefix, targets != IGNORED)
     assert nowhere.item() == 0
     wide = mllm.builder([[Turn("user", "What is this?", (Image.new("RGB", (64, 32)),))]])
+    assert wide.grids is not None
     _, off = speaker(wide, wide.mask)
     rows, columns = (int(n) // 2 for n in wide.grids[0, 1:])
     assert rows < columns
