@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from model.decoder import load_sit, save_sit
 from model.files import match, read_tensors
 from model.labels import Labels
 from model.noise import FlowConfig, NoiseConfig, build_noising, noise
-from model.sit import SiT, SiTConfig, SiTOutput
+from model.sit import SiT, SiTConfig
 from model.vae import LatentVAE, VAEConfig, load_vae
 from sample.solver import solve
 from train.autoencoder import compare
@@ -69,6 +69,13 @@ class LabelledTaskConfig:
         return LabelledTask(self, module, vae, engine_for(module, run, ranks), loader, run.seed, ranks)
 
 
+class LabelledOutput(NamedTuple):
+    """What a labelled SiT predicts, and what its head says of the points of each latent token's cell."""
+
+    prediction: Tensor  # [B, c, h, w]
+    logits: Tensor | None = None  # [B, N, points^2, classes]
+
+
 class LabelledSiT(nn.Module):
     """Labels -> tokens -> SiT, in one forward; with `points`, a head on its aligned layer."""
 
@@ -78,14 +85,13 @@ class LabelledSiT(nn.Module):
         self.sit = SiT(config)
         self.head = DenseHead(config.width, points) if points else None
 
-    def forward(self, words: Tensor, places: Tensor, x_t: Tensor, t: Tensor) -> SiTOutput:
-        """words [B, L, K], places [B, L, 3], x_t [B, c, h, w], t [B] -> prediction [B, c, h, w], and with a head its
-        logits [B, N, points^2, classes] in place of the hidden layer."""
-        aligned = self.sit.config.align_depth if self.head is not None else None
-        out = self.sit(x_t, t, self.labels(words, places), hidden_at=aligned)
+    def forward(self, words: Tensor, places: Tensor, x_t: Tensor, t: Tensor) -> LabelledOutput:
+        """words [B, L, K], places [B, L, 3], x_t [B, c, h, w], t [B] -> prediction, and logits where there is a head."""
+        condition = self.labels(words, places)  # [B, L, C]
         if self.head is None:
-            return out
-        return SiTOutput(out.prediction, self.head(out.hidden))
+            return LabelledOutput(self.sit(x_t, t, condition).prediction)
+        out = self.sit(x_t, t, condition, hidden_at=self.sit.config.align_depth)
+        return LabelledOutput(out.prediction, self.head(out.hidden))
 
     def start(self, release: Path) -> None:
         """Take over what `release` wrote. Raises ValueError when a file is missing or of another shape."""
@@ -129,7 +135,7 @@ class LabelledTask(Task):
         words, places = self._told(batch, self.config.withhold)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.engine.config.precision != "fp32"):
             x0 = self.vae.encode(batch.pixels.to(device))  # [B, c, h, w]
-        prediction, logits = self.engine(words, places, self.noising.mix(x0, eps, t), t)  # [B, c, h, w], see forward
+        prediction, logits = self.engine(words, places, self.noising.mix(x0, eps, t), t)  # see LabelledOutput
         loss = squared_error(prediction, self.noising.target(x0, eps, t)).mean()
         measured, objective = {"loss": loss.detach()}, loss
         if logits is not None:
