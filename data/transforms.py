@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow knows others; some run programs
 MAX_PIXELS = 64_000_000  # more than any camera of the data sets we know; a decompression bomb claims far more
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)  # on broken bytes
 ORIENTATION = 0x0112  # EXIF tag; its values 2 to 8 name how to undo a camera's turn
@@ -29,7 +30,7 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height <= MAX_PIXELS:
             image.load()
             return image

@@ -1,6 +1,9 @@
 """A config's path -> what transformers loads from it: a folder on this machine, else a hub id at a revision."""
 
+import sys
 from typing import Any
+
+from transformers.utils import logging
 
 from model.assets import locate
 from model.frozen import MLLMConfig
@@ -8,6 +11,8 @@ from model.frozen import MLLMConfig
 
 def from_pretrained(kind: Any, config: MLLMConfig, **options: Any) -> Any:
     """`kind.from_pretrained` for the model that `config` names; ValueError with the remedy when there is none."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # its bars would fill log files
     folder = locate(config.path)
     try:
         if folder is not None:

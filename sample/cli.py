@@ -1,14 +1,11 @@
 """A command's main -> an exit code: what the user can mend is told in one sentence, everything else keeps its traceback."""
 
-import os
 import sys
 from collections.abc import Callable
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
     """Runs `main(argv)` (None: the process's arguments). 0; 2 after a ValueError or OSError; 130 after Ctrl-C."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars would fill log files
     try:
         main(argv)
     except KeyboardInterrupt:
