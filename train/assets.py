@@ -87,7 +87,7 @@ def keep(stage: Stage) -> None:
 
 
 def report() -> str:
-    """The README of assets/world, from the logs kept beside the assets."""
+    """The README of assets/world, from the logs beside the assets: STAGE.*, and STAGE.1.* for an earlier round of it."""
     lines = [
         "# Shipped weights of the generated world",
         "",
@@ -97,14 +97,14 @@ def report() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for stage in STAGES:
-        log = ASSETS / "logs" / f"{stage.name}.metrics.jsonl"
-        if log.is_file():
-            lines.append(_row(stage, log))
+        earlier = sorted((ASSETS / "logs").glob(f"{stage.name}.*.metrics.jsonl"))
+        lines += [_row(log) for log in (*earlier, ASSETS / "logs" / f"{stage.name}.metrics.jsonl") if log.is_file()]
     return "\n".join(lines) + "\n"
 
 
-def _row(stage: Stage, log: Path) -> str:
-    settings = read_json(log.with_name(f"{stage.name}.run.json"))
+def _row(log: Path) -> str:
+    name = log.name.removesuffix(".metrics.jsonl")
+    settings = read_json(log.with_name(f"{name}.run.json"))
     records = [json.loads(line) for line in log.read_text().splitlines()]
     logged = [record for record in records if "step_seconds" in record]
     seconds, before = 0.0, 0
@@ -113,9 +113,9 @@ def _row(stage: Stage, log: Path) -> str:
         before = record["step"]
     skipped = ("step", "samples", "lr", "images_per_second", "step_seconds", "data_seconds", "refused", "time")
     last = ", ".join(f"{k} {v:.4g}" for k, v in logged[-1].items() if k not in skipped and isinstance(v, int | float))
-    command = f"python -m train.run assets/world/logs/{stage.name}.run.json"
+    command = f"python -m train.run assets/world/logs/{name}.run.json"
     return (
-        f"| {stage.name} | `{command}` | {settings['task'].get('init') or ''} | {settings['seed']} | {logged[-1]['step']} | "
+        f"| {name} | `{command}` | {settings['task'].get('init') or ''} | {settings['seed']} | {logged[-1]['step']} | "
         f"{logged[-1]['samples']} | {seconds / 60:.0f} min | {last} |"
     )
 
