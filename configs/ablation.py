@@ -17,47 +17,74 @@ from train.metaquery import MetaQueryTaskConfig
 
 
 def queries_1() -> Run:
-    """All that is to be drawn in one token."""
+    """All that is to be drawn in one token.
+
+    python -m train.run ablation.queries_1
+    """
     return _changed("queries_1", queries=1)
 
 
 def queries_4() -> Run:
-    """Four queries."""
+    """Four queries.
+
+    python -m train.run ablation.queries_4
+    """
     return _changed("queries_4", queries=4)
 
 
 def queries_16() -> Run:
-    """The reference: the shipped bridge, trained for fewer steps."""
+    """The reference: the shipped bridge, trained for fewer steps.
+
+    python -m train.run ablation.queries_16
+    """
     return _changed("queries_16")
 
 
 def queries_64() -> Run:
-    """As many queries as the paper's, for a sixteenth of its latents."""
+    """As many queries as the paper's, for a sixteenth of its latents.
+
+    python -m train.run ablation.queries_64
+    """
     return _changed("queries_64", queries=64)
 
 
 def random_queries() -> Run:
-    """Queries that stay as they were drawn: only connector and decoder learn."""
+    """Queries that stay as they were drawn: only connector and decoder learn.
+
+    python -m train.run ablation.random_queries
+    """
     return _changed("random_queries", learned_queries=False)
 
 
 def prompt_states() -> Run:
-    """The MLLM's last states of the prompt itself, in place of queries."""
+    """The MLLM's last states of the prompt itself, in place of queries.
+
+    python -m train.run ablation.prompt_states
+    """
     return _changed("prompt_states", read="prompt")
 
 
 def connector_0() -> Run:
-    """The queries' states through a projection alone."""
+    """The queries' states through a projection alone.
+
+    python -m train.run ablation.connector_0
+    """
     return _changed("connector_0", connector=ConnectorConfig(layers=0))
 
 
 def connector_6() -> Run:
-    """A connector of six layers."""
+    """A connector of six layers.
+
+    python -m train.run ablation.connector_6
+    """
     return _changed("connector_6", connector=ConnectorConfig(layers=6))
 
 
 def unaligned() -> Run:
-    """The published loss alone: nothing tells the bridge what its decoder knows of each point."""
+    """The published loss alone: nothing tells the bridge what its decoder knows of each point.
+
+    python -m train.run ablation.unaligned
+    """
     run = _changed("unaligned")
     assert isinstance(run.task, MetaQueryTaskConfig)
     return replace(run, task=replace(run.task, align=0.0))
