@@ -213,7 +213,7 @@ def test_groups_hold_each_sample_once_and_go_on_from_any_step(folder, tmp_path, 
         assert torch.equal(batch.prefix.ids, straight[step].prefix.ids)
     padded = sum(int((~batch.prefix.mask).sum()) for batch in straight)
     unsorted = task_of(replace(run, task=replace(run.task, group=1)))
-    assert padded < 0.8 * sum(int((~batch.prefix.mask).sum()) for batch in itertools.islice(unsorted.batches(0), 8))
+    assert padded < 0.7 * sum(int((~batch.prefix.mask).sum()) for batch in itertools.islice(unsorted.batches(0), 8))
 
 
 def test_ranks_share_a_group(folder, tmp_path):

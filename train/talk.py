@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.address import draw
-from data.batch import ChatBatch, ChatCollate
+from data.batch import ChatBatch, ChatCollate, count_tokens
 from data.loader import Data, World
 from data.records import Conversation
 from data.world.conversations import Shares, conversation
@@ -38,7 +38,7 @@ class GroupCollate:
         cut = [self._cut(record) for record in records]
         order, size = list(range(len(cut))), len(cut) // self.batches
         if self.batches > 1:
-            order.sort(key=lambda row: _length(cut[row]))
+            order.sort(key=[self._length(record) for record in cut].__getitem__)
         parts = [order[start : start + size] for start in range(0, len(order), size)]
         parts.sort(key=lambda part: draw(self.seed, "group", min(indices[row] for row in part)))  # short ones not first
         return [self.chat([cut[row] for row in part], [indices[row] for row in part]) for part in parts]
@@ -47,6 +47,10 @@ class GroupCollate:
         answers = [place for place, turn in enumerate(record.turns) if turn.role == "assistant"]
         end = answers[: self.max_answers][-1] + 1
         return replace(record, turns=record.turns[:end])
+
+    def _length(self, record: Conversation) -> int:
+        """Near the number of its tokens: those of its texts, six around a turn, 18 in a small image with its marks."""
+        return sum(count_tokens(turn.text, self.chat.builder) + 6 + 18 * len(turn.images) for turn in record.turns)
 
 
 class Talk(Dataset[list[ChatBatch]]):
@@ -80,11 +84,6 @@ def training_text(conversations: int) -> Iterator[str]:
     for first, last in SYMBOLS:
         yield from (name.lower() for code in range(first, last) if (name := unicodedata.name(chr(code), "")))
     yield from (DRAW_SYSTEM, *GREETING) * 20
-
-
-def _length(record: Conversation) -> int:
-    """Near the number of its tokens: one per word, six around a turn, 18 in a small image with its marks."""
-    return sum(len(turn.text.split()) + 6 + 18 * len(turn.images) for turn in record.turns)
 
 
 def only_world(data: Data) -> World:
