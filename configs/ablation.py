@@ -41,7 +41,7 @@ def queries_16() -> Run:
 
 
 def queries_64() -> Run:
-    """As many queries as the paper's, for a sixteenth of its latents.
+    """As many queries as the decoder takes.
 
     python -m train.run ablation.queries_64
     """

@@ -88,11 +88,11 @@ def instruct() -> Run:
 
 
 def relate() -> Run:
-    """Stage 3: more about where things stand, which comes last by itself.
+    """Stage 3: more about where things stand, which by itself is not learned.
 
     python -m train.run understand.relate
 
-    2 CPU cores, half an hour; relations go from chance to most.
+    2 CPU cores, half an hour. For the shipped model, run twice, it did not suffice: see relation in docs/results.md.
     """
     run = instruct()
     return replace(
