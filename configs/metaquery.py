@@ -20,6 +20,7 @@ from train.loop import Schedule
 from train.metaquery import MetaQueryTaskConfig
 from train.optim import OptimConfig
 from train.preview import PreviewConfig
+from train.tell import TellTaskConfig
 
 
 def world() -> Run:
@@ -52,6 +53,24 @@ def world() -> Run:
         optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_steps=100),
         ema=EmaConfig(halflife_images=5_000),
         engine=EngineConfig(zero=1, precision="bf16"),
+    )
+
+
+def tell() -> Run:
+    """The world's bridge before it draws: its conditioning learns to be what the decoder was told in its own training.
+
+    python -m train.run metaquery.tell
+
+    2 CPU cores, minutes.
+    """
+    run = world()
+    assert isinstance(run.task, MetaQueryTaskConfig)
+    return replace(
+        run,
+        name="tell",
+        task=TellTaskConfig(run.task.model, preview=run.task.preview),
+        schedule=replace(run.schedule, steps=2000, preview_every=0),
+        optim=replace(run.optim, lr=2e-3),
     )
 
 

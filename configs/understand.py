@@ -80,7 +80,12 @@ def instruct() -> Run:
     return replace(
         run,
         name="instruct",
-        task=UnderstandConfig(init=Path("runs/align/release"), place=0.5),
+        task=UnderstandConfig(
+            init=Path("runs/align/release"),
+            shares=Shares(describe=0.1, read=0.1, where=0.3, plan=0.25),
+            max_answers=5,
+            place=0.5,
+        ),
         schedule=replace(run.schedule, steps=2000, save_every=250, preview_every=250),
         optim=replace(run.optim, warmup_steps=200, floor=0.02),
         ema=EmaConfig(halflife_images=20_000),

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from data.world.dense import COLOUR_NAMES, SHAPE_NAMES, colour_and_shape
-from data.world.labels import OBJECTS, WORDS, Withhold, encode, labels_config
+from data.world.captions import Caption, Group, describe
+from data.world.labels import ANYWHERE, LINKED, OBJECTS, WORDS, Withhold, encode, encode_caption, labels_config, nothing
 from data.world.render import render
-from data.world.scene import BACKGROUNDS, COLOURS, make_scene
+from data.world.scene import BACKGROUNDS, COLOURS, make_scene, random_for
 from model.labels import UNKNOWN, Labels, LabelsConfig
 
-TELL_ALL = Withhold(0, 0, 0, 0, 0, 0)
+TELL_ALL = Withhold(0, 0, 0, 0, 0, 0, 0)
 
 
 def test_tokens_have_unit_scale_and_a_class_label_is_one_token():
@@ -46,7 +47,7 @@ def test_a_scene_told_in_full_can_be_told_back():
 
 
 def test_what_is_withheld_is_withheld_as_often_as_said_and_the_same_each_time():
-    withhold = Withhold(everything=0.1, places=0.5, sizes=0.3, backgrounds=0.2, colours=0.0, shapes=0.0)
+    withhold = Withhold(everything=0.1, captions=0.0, places=0.5, sizes=0.3, backgrounds=0.2, colours=0.0, shapes=0.0)
     scenes = [make_scene(4, index).to_json() for index in range(1000)]
     told = [encode(scene, withhold, 7, index) for index, scene in enumerate(scenes)]
     nothing = np.mean([(words == UNKNOWN).all() for words, _ in told])
@@ -57,6 +58,42 @@ def test_what_is_withheld_is_withheld_as_often_as_said_and_the_same_each_time():
     for index in (0, 17):
         again = encode(scenes[index], withhold, 7, index)
         assert all(np.array_equal(a, b) for a, b in zip(told[index], again, strict=True))
+
+
+def test_what_a_caption_says_can_be_told_back():
+    """Groups, link and background, from the labels alone."""
+
+    def said(word: int) -> str | None:
+        return None if word == UNKNOWN else WORDS[word]
+
+    linked = {pair: how for how, pair in LINKED.items()}
+    for index in range(200):
+        caption = describe(make_scene(8, index), random_for(8, "test", index))
+        words, places = encode_caption(caption)
+        things = [tuple(map(said, row)) for row in words[1:] if said(row[0]) != "none"]
+        assert Counter(things) == Counter((g.colour, g.shape, g.size) for g in caption.groups for _ in range(g.count))
+        assert said(words[0, 0]) == caption.background
+        told = tuple(tuple(np.round(place.astype(float), 4).tolist()) for place in places[1:])
+        placed = [row for row, place in enumerate(told) if place != ANYWHERE]
+        if caption.link is None:
+            assert not placed
+            continue
+        first, how, second = (sum(g.count for g in caption.groups[:i]) if isinstance(i, int) else i for i in caption.link)
+        assert sorted((first, second)) == placed
+        assert linked[told[first], told[second]] == how
+
+
+def test_the_decoder_is_told_captions_as_often_as_said_and_the_bridge_the_same():
+    scenes = [make_scene(4, index).to_json() for index in range(400)]
+    full = [encode(scene, TELL_ALL, 7, index) for index, scene in enumerate(scenes)]
+    only = Withhold(everything=0.0, captions=1.0)
+    told = [encode(scene, only, 7, index) for index, scene in enumerate(scenes)]
+    assert all((places[:, 2] > 0).all() for _, places in told)
+    assert not any((places[1, 2] > 0).any() for _, places in full)
+    half = Withhold(0, 0.5, 0, 0, 0, 0, 0)
+    assert abs(np.mean([encode(s, half, 7, i)[1][1, 2] > 0 for i, s in enumerate(scenes)]) - 0.5) < 0.08
+    words, _ = encode_caption(Caption("a shape", (Group(1),)))
+    assert (words == nothing()[0]).sum() == words.size - OBJECTS + 1  # four things are not there, the first may be any
 
 
 def test_dense_labels_name_the_pixels_of_the_picture():

@@ -1,10 +1,12 @@
-"""Questions: answers that the picture alone decides."""
+"""Questions: answers that the picture alone decides. Plans: what a caption says, by number."""
 
 from collections import Counter
 
-from data.world.conversations import Shares, conversation
+from data.world.captions import NUMBERS, PLURALS
+from data.world.conversations import PLANNED, Shares, conversation
 from data.world.questions import KINDS, ask, questions
-from data.world.scene import Object, Scene, make_scene, random_for
+from data.world.scene import BACKGROUNDS, COLOURS, SHAPES, SIZES, Object, Scene, make_scene, random_for
+from model.prefix import DRAW_SYSTEM
 
 
 def test_every_answer_is_among_its_choices_and_every_kind_is_asked():
@@ -33,3 +35,33 @@ def test_conversations_about_where_things_stand_ask_nothing_else_and_nothing_twi
         assert len(set(texts)) == len(texts)
         wheres += all("picture?" in text or " of " in text or "above" in text or "below" in text for text in texts)
     assert wheres > 50  # a scene of one thing in the middle has nowhere to be
+
+
+def test_a_plan_holds_what_its_caption_says_and_no_more():
+    """Every word of the caption that names something comes back as often as the caption counts it."""
+    orders = set()
+    for index in range(200):
+        system, user, assistant = conversation(9, index, shares=Shares(describe=0.0, read=0.0, plan=1.0))
+        assert (system.role, system.text, user.role, assistant.role) == ("system", DRAW_SYSTEM, "user", "assistant")
+        lines = dict(line.split(" ", 1) for line in assistant.text.removesuffix(".").split(". "))
+        assert sorted(lines) == sorted([*map(str, range(1, PLANNED + 1)), "background"])
+        orders.add(tuple(lines))
+        picture, _, behind = user.text.partition(" on a ")
+        assert lines["background"] == (behind.split()[0] if behind else "any")
+        assert lines["background"] in {*BACKGROUNDS, "any"}
+        named = {**{word: word for word in (*COLOURS, *SHAPES, *SIZES)}, **{PLURALS.get(s, s + "s"): s for s in SHAPES}}
+        said, count = Counter(), 1
+        for word in picture.replace(",", "").split():
+            count = NUMBERS.index(word) if word in NUMBERS else 1 if word in ("a", "an") else count
+            if word in named:
+                said[named[word]] += count
+        planned = Counter(word for key, thing in lines.items() if key != "background" for word in thing.split())
+        assert said == Counter({word: n for word, n in planned.items() if word in named})
+        assert sum(thing == "none" for thing in lines.values()) == PLANNED - len(make_scene(9, index).objects)
+        links = [place for place in ("left", "right", "above", "below") if place in planned]
+        assert links in ([], ["left", "right"], ["above", "below"])
+        if links:  # the caption names the linked thing first
+            way = next(word for word in ("left", "right", "above", "below") if word in user.text.split())
+            assert lines["1"].endswith(way)
+            assert not lines["2"].endswith(way)
+    assert len(orders) > 100

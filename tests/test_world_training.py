@@ -13,18 +13,20 @@ from configs import world
 from data.loader import Data, World
 from model import store
 from model.decoder import SiTDecoderConfig, load_sit
-from model.files import dump_config, read_json
+from model.files import dump_config, parse_config, read_json
 from model.mllm import MLLMConfig, load
 from model.qwen import Qwen2_5_VL
 from model.vae import VAEConfig, load_vae
 from train.autoencoder import AutoencoderTaskConfig
 from train.config import Run
+from train.ema import EmaConfig
 from train.engine import EngineConfig
 from train.labelled import LabelledTaskConfig
 from train.loop import Schedule, fit
 from train.metaquery import MetaQueryTaskConfig
 from train.ranks import start
 from train.see import SeeTaskConfig
+from train.tell import TellTaskConfig
 
 SHORT = Schedule(steps=3, batch_size=4, log_every=1, save_every=2)
 FP32 = EngineConfig(zero=1, precision="fp32")
@@ -137,6 +139,39 @@ def test_a_bridge_learns_from_what_its_decoder_knows_of_each_point(folder):
     (folder / "sit" / "release" / "align.safetensors").unlink()
     with pytest.raises(ValueError, match=r"align\.safetensors"):
         run.task.build(run, start(60))
+
+
+def test_a_bridge_learns_its_decoder_s_language_and_goes_on_to_draw(folder):
+    """The loss is that of the release's own conditioning; a run that also trains parts of the decoder starts from it."""
+    labelled = LabelledTaskConfig(sit=tiny.sit_config(), vae=VAEConfig(str(folder / "vae" / "release")))
+    data = Data(sources=(World(),), task="labelled", image_size=16)
+    train(Run("sit", labelled, data, SHORT, engine=FP32, out=folder / "teller"))
+    decoder = SiTDecoderConfig(path=str(folder / "teller" / "release"))
+    model = tiny.metaquery_config(folder / "told", decoder=decoder, trainable=("*",))
+    with pytest.raises(ValueError, match=r"queries"):
+        TellTaskConfig(replace(model, queries=5)).build(Run("few", TellTaskConfig(model)), start(60))
+    model = replace(model, queries=8)
+    run = Run(
+        "tell", TellTaskConfig(model), Data(sources=(World(),), image_size=16), SHORT, engine=FP32, out=folder / "tell"
+    )
+    assert parse_config(Run, dump_config(run), folder / "run.json") == run  # not taken for a task that draws
+    train(replace(run, schedule=replace(SHORT, steps=12), ema=EmaConfig(halflife_images=1)))
+    logged = [json.loads(line) for line in (folder / "tell" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in logged if "loss" in line]
+    assert losses[-1] < losses[0]
+
+    release, ranks = store.load(folder / "tell" / "release"), start(60)
+    task = replace(run.task, init=folder / "tell" / "release").build(run, ranks)
+    batch = next(task.batches(12 * 4))
+    words = ["none" if word == 1 else "" for word in batch.words[:, 1:, 0].flatten().tolist()]
+    assert "none" in words
+    with torch.no_grad():
+        off = release.condition(batch.prefix)[:, :6] - task.labels(batch.words, batch.places)
+    torch.testing.assert_close(task.step(batch)["loss"], off.square().mean())
+
+    drawing = MetaQueryTaskConfig(model, init=folder / "tell" / "release")
+    train(replace(run, name="drawn", task=drawing, out=folder / "drawn"))
+    assert store.load(folder / "drawn" / "release").own_tensors().keys() > release.own_tensors().keys()
 
 
 def test_a_vision_tower_learns_dense_labels_and_leaves_the_language_model_alone(folder):

@@ -15,9 +15,12 @@ from train.metaquery import MetaQueryTaskConfig
 from train.metrics import MetricsConfig
 from train.optim import OptimConfig
 from train.see import SeeTaskConfig
+from train.tell import TellTaskConfig
 from train.understand import UnderstandConfig
 
-TaskConfig = MetaQueryTaskConfig | AutoencoderTaskConfig | LabelledTaskConfig | SeeTaskConfig | UnderstandConfig
+TaskConfig = (
+    MetaQueryTaskConfig | TellTaskConfig | AutoencoderTaskConfig | LabelledTaskConfig | SeeTaskConfig | UnderstandConfig
+)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
-from data.world.labels import Withhold, encode, labels_config
+from data.world.labels import Withhold, absent, encode, labels_config
+from data.world.scene import random_for
 from model.decoder import load_sit, save_sit
 from model.files import match, read_tensors
 from model.labels import Labels
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from train.config import Run
 
 LABELS_FILE = "labels.safetensors"
+TELL_ALL = Withhold(0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class LabelledTaskConfig:
     vae: VAEConfig
     noise: NoiseConfig = field(default_factory=FlowConfig)
     withhold: Withhold = field(default_factory=Withhold)
+    spare: int = 10
+    """Up to so many further tokens, a new number for each batch, tell of things that are not there: a bridge has more
+    queries than a scene has things."""
     align: float = 0.2
     """Weight of the alignment: after `sit.align_depth` blocks each latent token must tell what lies at the points of its
     cell (train/dense.py). 0: none."""
@@ -59,6 +64,8 @@ class LabelledTaskConfig:
         """Load the VAE, make SiT and labels, hand both to one engine."""
         if run.data.task != "labelled":
             raise ValueError(f"data.task is {run.data.task}; a labelled decoder learns from labelled pictures")
+        if self.spare < 0:
+            raise ValueError(f"task.spare is {self.spare}; give 0 or more")
         if self.align and not self.sit.align_depth:
             raise ValueError("task.align needs a block to look after; give task.sit.align_depth, or set task.align to 0")
         module = LabelledSiT(self.sit, self.align_points if self.align else 0)
@@ -66,7 +73,7 @@ class LabelledTaskConfig:
             module.start(self.init)
         loader = loader_for(LabelledCollate(run.data.image_size), run, ranks)
         vae = load_vae(self.vae).to(ranks.device)
-        return LabelledTask(self, module, vae, engine_for(module, run, ranks), loader, run.seed, ranks)
+        return LabelledTask(self, module, vae, engine_for(module, run, ranks), loader, run, ranks)
 
 
 class LabelledOutput(NamedTuple):
@@ -113,11 +120,11 @@ class LabelledTask(Task):
         vae: LatentVAE,
         engine: Engine,
         loader: Loader,
-        seed: int,
+        run: Run,
         ranks: Ranks,
     ) -> None:
         self.config, self.module, self.vae, self.engine, self.loader = config, module, vae, engine, loader
-        self.seed, self.ranks = seed, ranks
+        self.seed, self.batch_size, self.ranks = run.seed, run.schedule.batch_size, ranks
         self.noising = build_noising(config.noise)
         self.latent_shape = (config.sit.latent_channels, config.sit.latent_size, config.sit.latent_size)
         self.engines = {"main": engine}
@@ -132,7 +139,7 @@ class LabelledTask(Task):
         device = self.ranks.device
         t = self.noising.times(batch.index, self.seed).to(device)  # [B]
         eps = noise(batch.index, self.seed, self.latent_shape).to(device)  # [B, c, h, w]
-        words, places = self._told(batch, self.config.withhold)
+        words, places = self._told(batch, self.config.withhold, self._spare(batch))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.engine.config.precision != "fp32"):
             x0 = self.vae.encode(batch.pixels.to(device))  # [B, c, h, w]
         prediction, logits = self.engine(words, places, self.noising.mix(x0, eps, t), t)  # see LabelledOutput
@@ -154,7 +161,7 @@ class LabelledTask(Task):
                 return
             batch = next(self.batches(0))
             rows = slice(0, 8)
-            words, places = (part[rows] for part in self._told(batch, Withhold(0, 0, 0, 0, 0, 0)))
+            words, places = (part[rows] for part in self._told(batch, TELL_ALL))
             condition = self.module.labels(words, places)  # [8, L, C]
             start = noise(batch.index[rows], self.seed + 1, self.latent_shape).to(self.ranks.device)
             drawn = solve(
@@ -172,12 +179,20 @@ class LabelledTask(Task):
                     beside[HEAD_FILE] = rounded.head.state_dict()
                 save_sit(folder, rounded.sit, beside)
 
-    def _told(self, batch: LabelledBatch, withhold: Withhold) -> tuple[Tensor, Tensor]:
-        """Words [B, L, K] and places [B, L, 3] of a batch of scenes."""
-        numbers = batch.index.tolist()
+    def _told(self, batch: LabelledBatch, withhold: Withhold, spare: int = 0) -> tuple[Tensor, Tensor]:
+        """Words [B, L, K] and places [B, L, 3] of a batch of scenes, the last `spare` tokens of each of no thing."""
+        numbers, more = batch.index.tolist(), absent(spare)
         told = [encode(scene, withhold, self.seed, n) for scene, n in zip(_scenes(batch), numbers, strict=True)]
-        words, places = (torch.from_numpy(np.stack(part)).to(self.ranks.device) for part in zip(*told, strict=True))
+        words, places = (
+            torch.from_numpy(np.stack([np.concatenate([own, none]) for own in part])).to(self.ranks.device)
+            for part, none in zip(zip(*told, strict=True), more, strict=True)
+        )
         return words, places
+
+    def _spare(self, batch: LabelledBatch) -> int:
+        """How many further tokens: the same for all rows of a step, on any number of ranks."""
+        step = int(batch.index[0]) // self.batch_size
+        return random_for(self.seed, "spare", step).randint(0, self.config.spare)
 
 
 def _scenes(batch: LabelledBatch) -> Sequence[dict[str, Any]]:

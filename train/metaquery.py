@@ -132,8 +132,10 @@ class MetaQueryTask(Task):
 
 
 def start(model: MetaQuery, release: Path) -> None:
-    """Take the tensors of a release over into a model of the same shape. Raises ValueError when they do not fit."""
+    """Take the tensors of a release over into a model of the same shape, in which more of the decoder may train. Raises
+    ValueError when they do not fit."""
     file = release / "model.safetensors"
     tensors = read_tensors(file)
-    match(tensors, model.own_tensors(), file)
+    wanted = {name: t for name, t in model.own_tensors().items() if name in tensors or not name.startswith("decoder.")}
+    match(tensors, wanted, file)
     model.load_state_dict(tensors, strict=False)  # names are checked; the frozen rest came with the decoder

@@ -34,7 +34,7 @@ from sample.measures import show, write_json
 from sample.world_answers import exams, understanding
 from train.engine import Engine, micro_batch_size
 from train.ranks import Ranks
-from train.see import places
+from train.see import places, through_noise
 from train.talk import GroupCollate, Talk, only_world, training_text
 from train.task import Task, engine_for
 
@@ -60,7 +60,7 @@ class UnderstandConfig:
     max_answers: int = 4
     """Longer conversations are cut after so many."""
     place: float = 0.0
-    """Weight of telling from each visual token where in its picture it lies. Answers alone let the tower forget it, long
+    """Weight of telling, through noise, from each visual token where in its picture it lies. Answers alone let the tower forget it, long
     before they ask for it. 0: none."""
     group: int = 4
     """Batches are sorted by length in groups of so many, which saves padding; 1 keeps the loader's order."""
@@ -152,7 +152,7 @@ class Speaker(nn.Module):
         states = states[:, :-1][said[:, 1:]]  # [N, D]; a token is predicted from the one before it
         off = None
         if self.place is not None:
-            told = self.place(torch.cat(self._seen)).float()  # [visual tokens, 2]
+            told = self.place(through_noise(torch.cat(self._seen))).float()  # [visual tokens, 2]
             off = F.mse_loss(told, self._places(prefix, told))
         if self.lm_head is not None:
             return self.lm_head(states), off

@@ -1,8 +1,8 @@
 """(seed, index, split) -> a conversation about a generated picture or a generated description.
 
-Four kinds, each a pure function of its address: questions about a picture, about where things stand in one, a picture
-described in full, and questions about a description in words. The last makes the language model bind colours and places to
-things it only reads of, which is what learned queries need to find in it.
+Five kinds, each a pure function of its address: questions about a picture, about where things stand in one, a picture
+described in full, questions about a description in words, and a plan of what a caption asks to draw. The last two make the
+language model bind colours and places to things it only reads of, which is what learned queries need to find in it.
 """
 
 import random
@@ -13,8 +13,8 @@ from PIL import Image
 from data.world.captions import Caption, describe
 from data.world.questions import Question, ask, questions
 from data.world.render import render
-from data.world.scene import Scene, make_scene, random_for
-from model.prefix import Turn
+from data.world.scene import OPPOSITE, Scene, make_scene, random_for
+from model.prefix import DRAW_SYSTEM, Turn
 
 DESCRIBE = (
     "Describe the image.",
@@ -22,6 +22,8 @@ DESCRIBE = (
     "Describe the picture in one sentence.",
     "What does the picture show?",
 )
+PLACES = {"left of": "left", "right of": "right", "above": "above", "below": "below"}
+PLANNED = 5  # things that a plan has a line for, whether they are there or not
 READABLE_KINDS = ("existence", "colour", "shape", "count")  # answerable from a full description, whatever it links
 
 
@@ -32,6 +34,7 @@ class Shares:
     describe: float = 0.2
     read: float = 0.25
     where: float = 0.0
+    plan: float = 0.0
 
 
 def conversation(
@@ -43,10 +46,12 @@ def conversation(
     kind = rng.random()
     if kind < shares.read:
         return _read(scene, rng)
+    if kind < shares.read + shares.plan:
+        return _plan(scene, rng)
     picture = Image.fromarray(render(scene, size))
     if kind > 1 - shares.where:
         asked = _pairs(_where(scene, rng) or questions(scene, rng))
-    elif kind < shares.read + shares.describe:
+    elif kind < shares.read + shares.plan + shares.describe:
         asked = [(rng.choice(DESCRIBE), describe(scene, rng, full=True).text), *_pairs(questions(scene, rng)[:2])]
     else:
         asked = _pairs(questions(scene, rng))
@@ -77,6 +82,28 @@ def _read(scene: Scene, rng: random.Random) -> tuple[Turn, ...]:
     asked = _pairs(answerable(caption, scene, rng))
     asked[0] = (f"{caption.text}. {asked[0][0]}", asked[0][1])
     return _turns(asked, ())
+
+
+def _plan(scene: Scene, rng: random.Random) -> tuple[Turn, ...]:
+    """The drawing instruction, a caption, and the plan of it: "2 small blue square left. 4 none. background any. ..."
+
+    Things are numbered as the caption says them. The lines come in any order, so that each has to be found by its number
+    alone, as a query has to that reads beside the others."""
+    caption = describe(scene, rng)
+    places = {}
+    if caption.link is not None:
+        first, words, second = caption.link
+        places = {first: PLACES[words], second: PLACES[OPPOSITE[words]]}
+    things = [
+        " ".join(word for word in (group.size, group.colour, group.shape or "shape", places.get(number)) if word)
+        for number, group in enumerate(caption.groups)
+        for _ in range(group.count)
+    ]
+    things += ["none"] * (PLANNED - len(things))
+    lines = [f"{number} {thing}." for number, thing in enumerate(things, start=1)]
+    lines.append(f"background {caption.background or 'any'}.")
+    rng.shuffle(lines)
+    return Turn("system", DRAW_SYSTEM), Turn("user", caption.text), Turn("assistant", " ".join(lines))
 
 
 def _pairs(asked: list[Question]) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
-"""Scene -> label words and places for `model.labels`, some of them withheld.
+"""Scene or caption -> label words and places for `model.labels`.
 
-Withholding is what makes the decoder draw from partial descriptions later: an object's words may be unknown, and its
-place may be told only to within a spread. Every address gives the same withholding on any rank.
+Of a scene some facts are withheld, which is what makes the decoder draw from partial descriptions later: an object's words
+may be unknown, and its place may be told only to within a spread. A caption tells what it says and no more; how two things
+stand to each other is told as two places with a spread. Every address gives the same labels on any rank.
 """
 
 from dataclasses import dataclass
@@ -9,19 +10,30 @@ from typing import Any
 
 import numpy as np
 
+from data.world.captions import Caption, describe
 from data.world.scene import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, random_for
-from model.labels import LabelsConfig
+from model.labels import UNKNOWN, LabelsConfig
 
 OBJECTS = 5
 WORDS = ("unknown", "none", *BACKGROUNDS, *COLOURS, *SHAPES, *SIZES)
-_NUMBER = {word: number for number, word in enumerate(WORDS)}
+_NUMBER = {word: number for number, word in enumerate(WORDS)} | {None: UNKNOWN}
+ANYWHERE = (0.5, 0.5, 1.0)
+LINKED = {
+    "left of": ((0.3, 0.5, 0.3), (0.7, 0.5, 0.3)),
+    "right of": ((0.7, 0.5, 0.3), (0.3, 0.5, 0.3)),
+    "above": ((0.5, 0.3, 0.3), (0.5, 0.7, 0.3)),
+    "below": ((0.5, 0.7, 0.3), (0.5, 0.3, 0.3)),
+}
+"""The places (x, y, spread) that tell how one thing stands to another; the decoder learns what they mean."""
 
 
 @dataclass(frozen=True)
 class Withhold:
-    """Probabilities, each drawn once for a scene: nothing told at all, and one kind of fact withheld."""
+    """Probabilities, each drawn once for a scene: nothing told at all; only what a caption says; and otherwise one kind of
+    fact withheld."""
 
     everything: float = 0.1
+    captions: float = 0.5
     places: float = 0.5
     sizes: float = 0.3
     backgrounds: float = 0.2
@@ -38,23 +50,51 @@ def encode(label: dict[str, Any], withhold: Withhold, seed: int, index: int) -> 
     """A scene in JSON -> words [6, 3] int64, places [6, 3] float32 (x, y, spread)."""
     scene = Scene.from_json(label)
     rng = random_for(seed, "label", index)
-    words = np.zeros((1 + OBJECTS, 3), np.int64)
-    places = np.tile(np.array([0.5, 0.5, 1.0], np.float32), (1 + OBJECTS, 1))
     if rng.random() < withhold.everything:
-        return words, places
+        return nothing()
+    if rng.random() < withhold.captions:
+        return encode_caption(describe(scene, rng))
+    words, places = nothing()
     hide = {name: rng.random() < getattr(withhold, name) for name in ("places", "sizes", "backgrounds", "colours", "shapes")}
-    words[0, 0] = 0 if hide["backgrounds"] else _NUMBER[scene.background]
+    words[0, 0] = UNKNOWN if hide["backgrounds"] else _NUMBER[scene.background]
     words[1:, 0] = _NUMBER["none"]
     spread = rng.random() if hide["places"] else 0.0
     things = list(scene.objects)
     rng.shuffle(things)
     for row, thing in enumerate(things, start=1):
-        said = (
-            0 if hide["colours"] else _NUMBER[thing.colour],
-            0 if hide["shapes"] else _NUMBER[thing.shape],
-            0 if hide["sizes"] else _NUMBER[thing.size],
+        words[row] = (
+            UNKNOWN if hide["colours"] else _NUMBER[thing.colour],
+            UNKNOWN if hide["shapes"] else _NUMBER[thing.shape],
+            UNKNOWN if hide["sizes"] else _NUMBER[thing.size],
         )
-        words[row] = said
         x, y = (min(1.0, max(0.0, c + spread * rng.uniform(-1, 1))) for c in (thing.x, thing.y))
         places[row] = (x, y, spread)
+    return words, places
+
+
+def encode_caption(caption: Caption) -> tuple[np.ndarray, np.ndarray]:
+    """What a caption says -> words [6, 3], places [6, 3], things in the order in which they are said."""
+    words, places = nothing()
+    words[0, 0] = _NUMBER[caption.background]
+    words[1:, 0] = _NUMBER["none"]
+    linked = {}
+    if caption.link is not None:
+        first, how, second = caption.link
+        linked = dict(zip((first, second), LINKED[how], strict=True))
+    told = [(number, group) for number, group in enumerate(caption.groups) for _ in range(group.count)]
+    for row, (number, group) in enumerate(told, start=1):
+        words[row] = [_NUMBER[word] for word in (group.colour, group.shape, group.size)]
+        places[row] = linked.get(number, ANYWHERE)
+    return words, places
+
+
+def nothing() -> tuple[np.ndarray, np.ndarray]:
+    """The null condition: words [6, 3], places [6, 3]."""
+    return np.full((1 + OBJECTS, 3), UNKNOWN, np.int64), np.tile(np.array(ANYWHERE, np.float32), (1 + OBJECTS, 1))
+
+
+def absent(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """So many things that are not there: words [count, 3], places [count, 3]."""
+    words, places = np.full((count, 3), UNKNOWN, np.int64), np.tile(np.array(ANYWHERE, np.float32), (count, 1))
+    words[:, 0] = _NUMBER["none"]
     return words, places
