@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.world.dense import COLOUR_NAMES, SHAPE_NAMES, colour_and_shape
 from data.world.captions import Caption, Group, describe
+from data.world.dense import COLOUR_NAMES, SHAPE_NAMES, colour_and_shape
 from data.world.labels import ANYWHERE, LINKED, OBJECTS, WORDS, Withhold, encode, encode_caption, labels_config, nothing
 from data.world.render import render
 from data.world.scene import BACKGROUNDS, COLOURS, make_scene, random_for
@@ -78,9 +78,9 @@ def test_what_a_caption_says_can_be_told_back():
         if caption.link is None:
             assert not placed
             continue
-        first, how, second = (sum(g.count for g in caption.groups[:i]) if isinstance(i, int) else i for i in caption.link)
+        first, second = (sum(g.count for g in caption.groups[:i]) for i in (caption.link[0], caption.link[2]))
         assert sorted((first, second)) == placed
-        assert linked[told[first], told[second]] == how
+        assert linked[told[first], told[second]] == caption.link[1]
 
 
 def test_the_decoder_is_told_captions_as_often_as_said_and_the_bridge_the_same():

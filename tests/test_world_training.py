@@ -161,7 +161,7 @@ def test_a_bridge_learns_its_decoder_s_language_and_goes_on_to_draw(folder):
     assert losses[-1] < losses[0]
 
     release, ranks = store.load(folder / "tell" / "release"), start(60)
-    task = replace(run.task, init=folder / "tell" / "release").build(run, ranks)
+    task = TellTaskConfig(model, init=folder / "tell" / "release").build(run, ranks)
     batch = next(task.batches(12 * 4))
     words = ["none" if word == 1 else "" for word in batch.words[:, 1:, 0].flatten().tolist()]
     assert "none" in words

@@ -60,8 +60,8 @@ class UnderstandConfig:
     max_answers: int = 4
     """Longer conversations are cut after so many."""
     place: float = 0.0
-    """Weight of telling, through noise, from each visual token where in its picture it lies. Answers alone let the tower forget it, long
-    before they ask for it. 0: none."""
+    """Weight of telling, through noise, from each visual token where in its picture it lies. Answers alone let the tower
+    forget it, long before they ask for it. 0: none."""
     group: int = 4
     """Batches are sorted by length in groups of so many, which saves padding; 1 keeps the loader's order."""
     text_conversations: int = 6000
