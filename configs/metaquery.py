@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from configs.world import NOISE
 from data.loader import Data, World
 from data.shards import Shards
 from model.connector import ConnectorConfig
 from model.decoder import SiTDecoderConfig
 from model.metaquery import MetaQueryConfig
 from model.mllm import MLLMConfig
-from model.noise import FlowConfig
 from model.sit import SiTConfig
 from model.vae import VAEConfig
 from train.config import Run
@@ -36,7 +36,7 @@ def world() -> Run:
         vae=VAEConfig("assets/world/vae"),
         queries=16,
         connector=ConnectorConfig(layers=2),
-        noise=FlowConfig(time="logit_normal"),  # as its SiT was trained
+        noise=NOISE,  # as its SiT was trained
         trainable=("sit.embed_condition.*", "sit.condition_position"),
     )
     prompts = (
@@ -75,17 +75,17 @@ def tell() -> Run:
 
 
 def demo() -> Run:
-    """What `make demo` trains: the embedded default from nothing, for a few minutes.
+    """What `make demo` trains after a short `tell`: the embedded default, for a few minutes.
 
     python -m train.run metaquery.demo
 
-    2 CPU cores, about four minutes.
+    2 CPU cores, about two minutes.
     """
     run = world()
     return replace(
         run,
         name="demo",
-        schedule=Schedule(steps=300, batch_size=64, log_every=5, save_every=100),
+        schedule=Schedule(steps=120, batch_size=64, log_every=5, save_every=60),
         optim=replace(run.optim, warmup_steps=30),
         ema=EmaConfig(halflife_images=1_000),
     )

@@ -1,4 +1,4 @@
-"""Training the embedded MLLM: five stages, each going on from the folder that the one before released.
+"""Training the embedded MLLM: four stages, each going on from the folder that the one before released.
 
 The last release is what `assets/world/mllm` holds.
 """
@@ -82,34 +82,11 @@ def instruct() -> Run:
         name="instruct",
         task=UnderstandConfig(
             init=Path("runs/align/release"),
-            shares=Shares(describe=0.1, read=0.1, where=0.3, plan=0.25),
+            shares=Shares(describe=0.05, read=0.1, where=0.4, plan=0.25),
             max_answers=5,
             place=0.5,
         ),
         schedule=replace(run.schedule, steps=2000, save_every=250, preview_every=250),
         optim=replace(run.optim, warmup_steps=200, floor=0.02),
         ema=EmaConfig(halflife_images=20_000),
-    )
-
-
-def relate() -> Run:
-    """Stage 3: more about where things stand, which by itself is not learned.
-
-    python -m train.run understand.relate
-
-    2 CPU cores, half an hour. For the shipped model, run twice, it did not suffice: see relation in docs/results.md.
-    """
-    run = instruct()
-    return replace(
-        run,
-        name="relate",
-        task=UnderstandConfig(
-            init=Path("runs/instruct/release"),
-            shares=Shares(describe=0.15, read=0.15, where=0.4),
-            max_answers=5,
-            place=0.5,
-        ),
-        data=Data(sources=(World(seed=8),), task="chat"),
-        schedule=replace(run.schedule, steps=1000),
-        optim=replace(run.optim, lr=8e-4, warmup_steps=50),
     )

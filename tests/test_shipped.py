@@ -51,7 +51,19 @@ def test_the_shipped_mllm_looks_at_the_picture():
 
 
 def test_the_demo_goes_through(tmp_path):
-    command = [sys.executable, "-m", "train.demo", "--out", str(tmp_path / "demo"), "--steps", "2", "--n", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "train.demo",
+        "--out",
+        str(tmp_path / "demo"),
+        "--tell",
+        "2",
+        "--steps",
+        "2",
+        "--n",
+        "2",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "demo" / "before-and-after.png").stat().st_size > 10_000

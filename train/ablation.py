@@ -36,20 +36,25 @@ class Args:
     """Held-out prompts per category and run."""
     steps: int | None = None
     """Optimizer steps of each run in place of its own number."""
+    runs: tuple[str, ...] = ()
+    """Only these of them, such as `queries_4 unaligned`: several processes can share the work. Empty: all."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Trains and scores, one run after the other."""
     args = tyro.cli(Args, args=argv, description=Args.__doc__)
+    known = [name.removeprefix("ablation.") for name in names() if name.startswith("ablation.")]
+    for variant in args.runs:
+        if variant not in known:
+            raise ValueError(f"runs: {variant!r} is unknown; choose from {', '.join(known)}")
     args.json.mkdir(parents=True, exist_ok=True)
-    for name in names():
-        module, _, variant = name.partition(".")
+    for variant in args.runs or known:
         scores = args.json / f"{variant}.json"
-        if module != "ablation" or scores.is_file():
+        if scores.is_file():
             continue
         folder = args.out / variant
         steps = [] if args.steps is None else ["--schedule.steps", str(args.steps)]
-        _do("train.run", name, "--out", str(folder), *steps)
+        _do("train.run", f"ablation.{variant}", "--out", str(folder), *steps)
         drawn = folder / "scores.json"
         _do(
             "sample.evaluate",

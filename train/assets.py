@@ -38,13 +38,12 @@ STAGES = (
     Stage("language", "understand.language", None),
     Stage("see", "understand.see", None, ("--task.init", "runs/assets/language/release")),
     Stage("align", "understand.align", None, ("--task.init", "runs/assets/see/release")),
-    Stage("instruct", "understand.instruct", None, ("--task.init", "runs/assets/align/release")),
-    Stage("relate", "understand.relate", None, ("--task.init", "runs/assets/instruct/release")),
-    Stage("mllm", "understand.relate", "mllm", ("--task.init", "runs/assets/relate/release")),
+    Stage("mllm", "understand.instruct", "mllm", ("--task.init", "runs/assets/align/release")),
     Stage("vae", "world.vae", "vae"),
     Stage("vae_decoder", "world.vae_decoder", "vae"),
     Stage("sit", "world.decoder", "sit"),
-    Stage("bridge", "metaquery.world", "release"),
+    Stage("tell", "metaquery.tell", None),
+    Stage("bridge", "metaquery.world", "release", ("--task.init", "runs/assets/tell/release")),
 )
 
 

@@ -26,8 +26,10 @@ class Args:
 
     out: Path = Path("demo")
     """Where everything goes; an interrupted demo goes on from there."""
-    steps: int = 300
-    """Optimizer steps of 64 pictures."""
+    tell: int = 150
+    """Optimizer steps of 64 captions that teach the bridge its decoder's language."""
+    steps: int = 120
+    """Optimizer steps of 64 pictures after them."""
     n: int = 20
     """Held-out prompts per category to score."""
 
@@ -37,10 +39,16 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, description=Args.__doc__)
     console = Console()
     console.rule("1. train queries and connector on the generated world (DeepSpeed, CPU)")
-    command = [sys.executable, "-m", "train.run", "metaquery.demo", "--out", str(args.out / "run")]
-    if subprocess.run([*command, "--schedule.steps", str(args.steps)], check=False).returncode:
-        raise ValueError(f"the training did not finish; see {args.out}/run/metrics.jsonl, then run the demo again")
+    told = args.out / "told"
+    _train("metaquery.tell", told, args.tell, "--optim.warmup-steps", "15")
+    _train("metaquery.demo", args.out / "run", args.steps, "--task.init", str(told / "release"))
     show(args, console)
+
+
+def _train(name: str, out: Path, steps: int, *options: str) -> None:
+    command = [sys.executable, "-m", "train.run", name, "--out", str(out), "--schedule.steps", str(steps), *options]
+    if subprocess.run(command, check=False).returncode:
+        raise ValueError(f"the training did not finish; see {out}/metrics.jsonl, then run the demo again")
 
 
 def show(args: Args, console: Console) -> None:

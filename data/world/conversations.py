@@ -71,7 +71,7 @@ def answerable(caption: Caption, scene: Scene, rng: random.Random) -> list[Quest
 
 def _where(scene: Scene, rng: random.Random) -> list[Question]:
     """Several questions about places and relations, none twice."""
-    drawn = [ask(kind, scene, rng) for kind in ("relation", "place") * 3]
+    drawn = [ask(kind, scene, rng) for kind in ("relation", "place", "locate") * 2]
     asked = list({question.text: question for question in drawn if question is not None}.values())
     rng.shuffle(asked)
     return asked

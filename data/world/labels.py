@@ -33,7 +33,7 @@ class Withhold:
     fact withheld."""
 
     everything: float = 0.1
-    captions: float = 0.5
+    captions: float = 0.6
     places: float = 0.5
     sizes: float = 0.3
     backgrounds: float = 0.2

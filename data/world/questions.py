@@ -1,4 +1,4 @@
-"""Scene -> questions with short answers, of eight kinds, balanced so that a guess without the picture earns chance.
+"""Scene -> questions with short answers, of nine kinds, balanced so that a guess without the picture earns chance.
 
 Every question can be answered from the picture alone and has one right answer: the things it speaks of are unique.
 """
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from data.world.captions import NUMBERS, PLURALS
 from data.world.scene import COLOURS, OPPOSITE, RELATIONS, SHAPES, SIZES, Object, Scene, relation
 
-KINDS = ("existence", "colour", "shape", "size", "count", "place", "relation", "comparison")
+KINDS = ("existence", "colour", "shape", "size", "count", "place", "relation", "comparison", "locate")
+CELLS = 8  # columns and rows by which things are located, counted from 1 at the top left
 CLEARLY_OFF = 0.08  # from the middle of the picture, as a fraction of the canvas
 
 
@@ -125,6 +126,17 @@ def _comparison(scene: Scene, rng: random.Random) -> Question | None:
     return Question("comparison", f"Which is larger, the {a.name} or the {b.name}?", answer, (a.name, b.name))
 
 
+def _locate(scene: Scene, rng: random.Random) -> Question | None:
+    """Column and row of a thing's centre. Grounding: an answer of many bits, from which "left of" is one comparison away."""
+    things = _unique_names(scene)
+    if not things:
+        return None
+    thing = rng.choice(things)
+    cells = tuple(f"{column} {row}" for row in range(1, CELLS + 1) for column in range(1, CELLS + 1))
+    column, row = (min(int(at * CELLS), CELLS - 1) for at in (thing.x, thing.y))
+    return Question("locate", f"In which column and row is the {thing.name}?", cells[row * CELLS + column], cells)
+
+
 def _unique(scene: Scene, attribute: str, rng: random.Random) -> Object | None:
     """An object that no other shares this attribute with."""
     counts = Counter(getattr(thing, attribute) for thing in scene.objects)
@@ -146,4 +158,5 @@ _ASKERS = {
     "place": _place,
     "relation": _relation,
     "comparison": _comparison,
+    "locate": _locate,
 }
