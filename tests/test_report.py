@@ -4,6 +4,7 @@ import pytest
 
 from sample.measures import Measure, share, write_json
 from sample.report import main
+from train import ablation
 
 
 def test_the_page_shows_every_measure_and_its_command(tmp_path):
@@ -38,3 +39,9 @@ def test_a_folder_becomes_a_line_for_each_file_without_controls(tmp_path):
     assert "| queries_1 | 10.0 % |\n| queries_4 | 75.0 % |\n" in page
     assert "chance" not in page
     assert "loss" not in page
+
+
+def test_an_unknown_run_of_the_ablation_is_refused_and_nothing_written(tmp_path):
+    with pytest.raises(ValueError, match="'queries_3' is unknown; choose from .*queries_4"):
+        ablation.main(["--runs", "queries_3", "--json", str(tmp_path / "json")])
+    assert not (tmp_path / "json").exists()
