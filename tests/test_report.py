@@ -42,6 +42,6 @@ def test_a_folder_becomes_a_line_for_each_file_without_controls(tmp_path):
 
 
 def test_an_unknown_run_of_the_ablation_is_refused_and_nothing_written(tmp_path):
-    with pytest.raises(ValueError, match="'queries_3' is unknown; choose from .*queries_4"):
+    with pytest.raises(ValueError, match=r"'queries_3' is unknown; choose from .*queries_4"):
         ablation.main(["--runs", "queries_3", "--json", str(tmp_path / "json")])
     assert not (tmp_path / "json").exists()
