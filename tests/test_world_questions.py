@@ -2,9 +2,12 @@
 
 from collections import Counter
 
+import numpy as np
+
 from data.world.captions import NUMBERS, PLURALS
 from data.world.conversations import PLANNED, Shares, conversation
-from data.world.questions import KINDS, ask, questions
+from data.world.questions import CELLS, KINDS, ask, questions
+from data.world.render import render
 from data.world.scene import BACKGROUNDS, COLOURS, SHAPES, SIZES, Object, Scene, make_scene, random_for
 from model.prefix import DRAW_SYSTEM
 
@@ -33,7 +36,8 @@ def test_conversations_about_where_things_stand_ask_nothing_else_and_nothing_twi
         turns = conversation(9, index, shares=only)
         texts = [turn.text for turn in turns if turn.role == "user"]
         assert len(set(texts)) == len(texts)
-        wheres += all("picture?" in text or " of " in text or "above" in text or "below" in text for text in texts)
+        ways = ("picture?", " of ", "above", "below", "column and row")
+        wheres += all(any(way in text for way in ways) for text in texts)
     assert wheres > 50  # a scene of one thing in the middle has nowhere to be
 
 
@@ -65,3 +69,21 @@ def test_a_plan_holds_what_its_caption_says_and_no_more():
             assert lines["1"].endswith(way)
             assert not lines["2"].endswith(way)
     assert len(orders) > 100
+
+
+def test_a_thing_is_located_in_the_cell_where_its_pixels_are():
+    """The middle of the pixels of its colour; a triangle's centre is a little below it."""
+    seen = 0
+    for index in range(200):
+        scene = make_scene(12, index)
+        asked = ask("locate", scene, random_for(12, "locate", index))
+        if len(scene.objects) != 1 or asked is None:
+            continue
+        seen += 1
+        colour = np.array(COLOURS[scene.objects[0].colour])
+        rows, columns = np.nonzero(np.abs(render(scene, 128).astype(int) - colour).sum(-1) < 60)
+        column, row = map(int, asked.answer.split())
+        for told, at in ((column, columns), (row, rows)):
+            middle = (at.min() + at.max() + 1) / 2 / 128 * CELLS
+            assert told - 1.5 < middle < told + 0.5
+    assert seen > 30
