@@ -69,6 +69,18 @@ def test_crash_and_resume_equals_straight(straight, tmp_path):
     assert (tmp_path / "release" / "net.pt").read_bytes() == (straight / "release" / "net.pt").read_bytes()
 
 
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_undisturbed(straight, tmp_path):
+    class Doubled(Toy):
+        def step(self, batch):
+            if batch[0] == 2 * BATCH:
+                with pytest.raises(ValueError, match="another process"):
+                    train(tmp_path)
+            return super().step(batch)
+
+    assert train(tmp_path, Doubled(start(60), CONFIG))
+    assert state(tmp_path) == state(straight)
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(straight, tmp_path, capsys):
     class Signalled(Toy):
         def step(self, batch):

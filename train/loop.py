@@ -6,8 +6,9 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,13 @@ def fit(
     too many steps in a row were refused.
     """
     step, samples, changed = _resume(task, folder, resume, config, ranks)
-    if ranks.first:
-        write_whole(folder / "run.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n") and None)
-    with Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps) as log, _interruptible() as interrupted:
+    with (
+        _held(folder, ranks),
+        Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps) as log,
+        _interruptible() as interrupted,
+    ):
+        if ranks.first:
+            write_whole(folder / "run.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n") and None)
         log.console.print(f"{folder}: from step {step} to {schedule.steps}, sample {samples} on, {ranks.world} rank(s)")
         for line in changed:
             log.console.print(f"  changed since the checkpoint: {line}")
@@ -94,6 +99,23 @@ def fit(
                 return False
         task.release(folder / "release")
     return True
+
+
+@contextmanager
+def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Nobody else trains in `folder` meanwhile: two that write one run would mix their steps. Raises ValueError, on every
+    rank, when another process does. The system lets go of it however this process ends."""
+    problem = None
+    with ExitStack() as held:
+        if ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                flock(held.enter_context((folder / ".lock").open("w")), LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                problem = f"out: another process is training in {folder}; wait for it, stop it, or give another --out"
+        if problem := ranks.share(problem):
+            raise ValueError(problem)
+        yield
 
 
 def _resume(task: Task, folder: Path, resume: str, config: dict[str, Any], ranks: Ranks) -> tuple[int, int, list[str]]:
