@@ -53,7 +53,7 @@ def section(path: Path, measures: dict[str, Measure]) -> str:
 
 
 def comparison(folder: Path) -> str:
-    """A line for each file of a folder, a column for each measure that all of them hold; controls are left out.
+    """A line for each file of a folder, a column for each measure that any of them holds; controls are left out.
 
     Raises:
         ValueError: the folder holds no file of measures.
@@ -61,11 +61,12 @@ def comparison(folder: Path) -> str:
     files = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
     if not files:
         raise ValueError(f"{folder} holds no .json file of measures; name a folder that a measuring command filled")
-    names = [n for n in next(iter(files.values())) if all(n in f for f in files.values()) and not CONTROLS & {*n.split(".")}]
+    held = dict.fromkeys(name for measures in files.values() for name in measures)
+    names = [name for name in held if not CONTROLS & {*name.split(".")}]
     lines = [
         f"| | {' | '.join(names)} |",
         "|---" * (len(names) + 1) + "|",
-        *(f"| {file} | {' | '.join(_value(measures[name]) for name in names)} |" for file, measures in files.items()),
+        *(f"| {file} | {' | '.join(_cell(measures, name) for name in names)} |" for file, measures in files.items()),
     ]
     return f"## {folder.name}\n\n{_command(folder)}" + "\n".join(lines) + "\n"
 
@@ -73,6 +74,10 @@ def comparison(folder: Path) -> str:
 def _command(path: Path) -> str:
     note = path.with_suffix(".command.txt")
     return f"`{note.read_text().strip()}`\n\n" if note.is_file() else ""
+
+
+def _cell(measures: dict[str, Measure], name: str) -> str:
+    return _value(measures[name]) if name in measures else ""
 
 
 def _value(measure: Measure) -> str:

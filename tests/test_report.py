@@ -36,9 +36,8 @@ def test_a_folder_becomes_a_line_for_each_file_without_controls(tmp_path):
         write_json(folder / f"{name}.json", measures | ({"training.loss": Measure(0.2)} if right > 2 else {}))
     main([str(tmp_path / "page.md"), "Results", str(folder)])
     page = (tmp_path / "page.md").read_text()
-    assert "| queries_1 | 10.0 % |\n| queries_4 | 75.0 % |\n" in page
+    assert "| queries_1 | 10.0 % |  |\n| queries_4 | 75.0 % | 0.2 |\n" in page
     assert "chance" not in page
-    assert "loss" not in page
 
 
 def test_an_unknown_run_of_the_ablation_is_refused_and_nothing_written(tmp_path):
