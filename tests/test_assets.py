@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.assets import ASSETS, STAGES, main, report
+from train.assets import ASSETS, STAGES, main, parts, report
 from train.run import named
 
 
@@ -25,3 +25,11 @@ def test_the_page_has_a_row_for_every_log():
 def test_an_unknown_stage_is_refused():
     with pytest.raises(ValueError, match="language, see, align"):
         main(["everything"])
+
+
+def test_a_curve_covers_all_of_a_run_in_order():
+    for count in (1, 5, 6, 7, 100):
+        stretches = parts([float(n) for n in range(count)], 6)
+        assert [value for stretch in stretches for value in stretch] == list(range(count))
+        assert len(stretches) == min(count, 6)
+        assert all(stretches)

@@ -4,7 +4,7 @@
     python -m train.assets bridge     # one of them, on top of those that are there
 
 Every stage is an ordinary run under runs/assets/. Its release replaces the folder in assets/world/, and
-assets/world/README.md records command, seed, steps, wall time and last metrics, read from the run's own files.
+assets/world/README.md records command, seed, steps, wall time, losses and last metrics, read from the run's own files.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 from model.assets import ROOT
 from model.files import publish, read_json
 from sample.cli import run
 from sample.files import write_whole
 
+WAY = 6  # stretches of a run whose mean losses its line shows
 ASSETS, RUNS = ROOT / "assets" / "world", ROOT / "runs" / "assets"
 
 
@@ -92,8 +95,8 @@ def report() -> str:
         "",
         "Written by `python -m train.assets` (`make assets`) from the files in `logs/`; nothing here is typed by hand.",
         "",
-        "| stage | command | goes on from | seed | steps | samples | wall time | last metrics |",
-        "|---|---|---|---|---|---|---|---|",
+        "| stage | command | goes on from | seed | steps | samples | wall time | loss on the way | last metrics |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for stage in STAGES:
         earlier = sorted((ASSETS / "logs").glob(f"{stage.name}.*.metrics.jsonl"))
@@ -112,11 +115,20 @@ def _row(log: Path) -> str:
         before = record["step"]
     skipped = ("step", "samples", "lr", "images_per_second", "step_seconds", "data_seconds", "refused", "time")
     last = ", ".join(f"{k} {v:.4g}" for k, v in logged[-1].items() if k not in skipped and isinstance(v, int | float))
+    losses = [record.get("loss", record.get("l1")) for record in logged]
+    way = " ".join(f"{fmean(part):.3g}" for part in parts(losses, WAY))
     command = f"python -m train.run assets/world/logs/{name}.run.json"
     return (
         f"| {name} | `{command}` | {settings['task'].get('init') or ''} | {settings['seed']} | {logged[-1]['step']} | "
-        f"{logged[-1]['samples']} | {seconds / 60:.0f} min | {last} |"
+        f"{logged[-1]['samples']} | {seconds / 60:.0f} min | {way} | {last} |"
     )
+
+
+def parts(values: list[float], count: int) -> list[list[float]]:
+    """A list in `count` stretches of about equal length, or one for each value where there are fewer."""
+    count = min(count, len(values))
+    edges = [round(number * len(values) / count) for number in range(count + 1)]
+    return [values[start:end] for start, end in pairwise(edges)]
 
 
 if __name__ == "__main__":
