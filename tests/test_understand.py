@@ -18,6 +18,7 @@ from model.files import dump_config, parse_config
 from model.mllm import MLLMConfig, load, load_builder
 from model.prefix import IGNORED, Turn
 from model.qwen import Qwen2_5_VL
+from model.vision import batch_equal_pictures
 from sample.measures import read_json
 from sample.world_answers import exams, understanding
 from train.config import Run
@@ -156,7 +157,7 @@ def test_texts_alone_reach_every_parameter_and_change_no_prediction(folder):
 def test_the_tower_learns_where_its_tokens_lie_only_when_asked(folder, tmp_path):
     """Rows and columns in the order of the visual tokens; texts alone leave head and tower where they are."""
     asked = task_of(run_of("instruct", folder, tmp_path, task={"place": 1.0}))
-    assert asked.step(next(asked.batches(0)))["place"] > 0
+    assert asked.step(next(batch for batch in asked.batches(0) if batch.prefix.pixels is not None))["place"] > 0
     asked.release(tmp_path / "release")
     assert parameters(tmp_path / "release").keys() == parameters(folder).keys()
     mllm = load(MLLMConfig(str(folder), dtype="float32"))
@@ -279,7 +280,9 @@ def test_a_release_says_what_the_trained_model_says(folder, tmp_path):
     said = batch.targets != IGNORED
     with torch.no_grad():
         trained = task.engine(batch.prefix, said)[0]
-        released = Speaker(model_of(tmp_path / "release", torch.bfloat16))(batch.prefix, said)[0]
+        model = model_of(tmp_path / "release", torch.bfloat16)
+        batch_equal_pictures(model.model.visual)  # as the task does: one sum in another order is no longer bit-equal
+        released = Speaker(model)(batch.prefix, said)[0]
     assert torch.equal(trained, released)
 
 
