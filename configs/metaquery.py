@@ -61,7 +61,7 @@ def tell() -> Run:
 
     python -m train.run metaquery.tell
 
-    2 CPU cores, minutes.
+    2 CPU cores, about ten minutes; the mean square error of tokens whose mean square is 1 falls to 0.02.
     """
     run = world()
     assert isinstance(run.task, MetaQueryTaskConfig)
