@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def training(folder: Path) -> dict[str, Measure]:
     """A finished run's loss over its last log records, what its decoder knew of the shape at each point (where it was
-    aligned), the samples it saw, and how long a step took."""
+    aligned), and the samples it saw. How long a step takes is train.benchmark's to measure, on a quiet machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
     last = logged[-LAST:]
@@ -82,7 +82,6 @@ def training(folder: Path) -> dict[str, Measure]:
         "training.loss": Measure(fmean(line["loss"] for line in last), n=len(last)),
         **({"training.shapes_known": Measure(fmean(knew), n=len(knew), unit="share")} if knew else {}),
         "training.samples": Measure(logged[-1]["samples"]),
-        "training.step": Measure(fmean(line["step_seconds"] for line in logged), n=len(logged), unit="s"),
     }
 
 
