@@ -26,9 +26,9 @@ class Args:
 
     out: Path = Path("demo")
     """Where everything goes; an interrupted demo goes on from there."""
-    tell: int = 150
+    tell: int = 300
     """Optimizer steps of 64 captions that teach the bridge its decoder's language."""
-    steps: int = 120
+    steps: int = 40
     """Optimizer steps of 64 pictures after them."""
     n: int = 20
     """Held-out prompts per category to score."""
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     console = Console()
     console.rule("1. train queries and connector on the generated world (DeepSpeed, CPU)")
     told = args.out / "told"
-    _train("metaquery.tell", told, args.tell, "--optim.warmup-steps", "15")
+    _train("metaquery.tell", told, args.tell, "--optim.warmup-steps", "20", "--ema.halflife-images", "1000")
     _train("metaquery.demo", args.out / "run", args.steps, "--task.init", str(told / "release"))
     show(args, console)
 
