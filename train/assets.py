@@ -46,7 +46,7 @@ STAGES = (
     Stage("vae_decoder", "world.vae_decoder", "vae"),
     Stage("sit", "world.decoder", "sit"),
     Stage("tell", "metaquery.tell", None),
-    Stage("bridge", "metaquery.world", "release", ("--task.init", "runs/assets/tell/release")),
+    Stage("bridge", "metaquery.world", "release", ("--task.init", "runs/assets/tell/release", "--optim.lr", "2e-4")),
 )
 
 
