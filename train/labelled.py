@@ -20,6 +20,7 @@ from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
 from data.world.labels import Withhold, absent, encode, labels_config
 from data.world.scene import random_for
+from model.assets import locate
 from model.decoder import load_sit, save_sit
 from model.files import match, read_tensors
 from model.labels import Labels
@@ -102,12 +103,21 @@ class LabelledSiT(nn.Module):
 
     def start(self, release: Path) -> None:
         """Take over what `release` wrote. Raises ValueError when a file is missing or of another shape."""
-        tensors = read_tensors(release / LABELS_FILE)
-        match(tensors, self.labels.state_dict(), release / LABELS_FILE)
-        self.labels.load_state_dict(tensors)
+        self.labels.load_state_dict(load_labels(str(release), self.sit.config.condition_width).state_dict())
         self.sit.load_state_dict(load_sit(str(release)).state_dict())
         if self.head is not None and (release / HEAD_FILE).is_file():
             self.head.load_state_dict(load_head(str(release)).state_dict())
+
+
+def load_labels(folder: str | None, width: int) -> Labels:
+    """The frozen label embedding that a labelled SiT's release keeps beside it. Raises ValueError when there is none."""
+    found = None if folder is None else locate(folder)
+    if found is None or not (found / LABELS_FILE).is_file():
+        raise ValueError(f"{folder!r} has no {LABELS_FILE}; name the release of world.decoder")
+    labels, tensors = Labels(labels_config(width)), read_tensors(found / LABELS_FILE)
+    match(tensors, labels.state_dict(), found / LABELS_FILE)
+    labels.load_state_dict(tensors)
+    return labels.requires_grad_(False)
 
 
 class LabelledTask(Task):

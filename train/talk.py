@@ -6,6 +6,7 @@ import itertools
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -17,6 +18,7 @@ from data.records import Conversation
 from data.world.conversations import Shares, conversation
 from model.prefix import DRAW_SYSTEM, Turn
 
+T = TypeVar("T", covariant=True)
 SYMBOLS = ((0x2600, 0x27BF), (0x1F300, 0x1FAFF))  # code points whose Unicode names the tokenizer learns to spell
 GREETING = ("You are a helpful assistant.", "Hello! What can you do? I look at pictures and answer questions.")
 
@@ -53,25 +55,36 @@ class GroupCollate:
         return sum(count_tokens(turn.text, self.chat.builder) + 6 + 18 * len(turn.images) for turn in record.turns)
 
 
-class Talk(Dataset[list[ChatBatch]]):
-    """Groups of batches of generated conversations in given shares; set `samples` to go on from there, as with a Loader."""
+class Positions(Dataset[T]):
+    """Endless batches by the number of their first sample; set `samples` to go on from there, as with a Loader."""
 
-    def __init__(self, world: World, shares: Shares, collate: GroupCollate, rows: range, data: Data) -> None:
+    def __init__(self, rows: range, workers: int) -> None:
         self.samples = 0
-        self._world, self._shares, self._collate, self._rows = world, shares, collate, rows
-        self._size, self._workers = data.image_size, data.workers
+        self._rows, self._workers = rows, workers
 
-    def __getitem__(self, position: int) -> list[ChatBatch]:
-        numbers = [position + row for row in self._rows]
-        return self._collate([Conversation(str(number), self._turns(number)) for number in numbers], numbers)
+    def numbers(self, position: int) -> list[int]:
+        """This rank's sample numbers of the batch at `position`."""
+        return [position + row for row in self._rows]
 
-    def __iter__(self) -> Iterator[list[ChatBatch]]:
-        """Groups from `samples` on, prepared by the config's workers."""
+    def __iter__(self) -> Iterator[T]:
+        """Batches from `samples` on, prepared by the config's workers."""
         positions = itertools.count(self.samples, self._rows.stop)
         generator = torch.Generator().manual_seed(0)  # DataLoader would draw from the global stream otherwise
         yield from DataLoader(
             self, batch_size=None, sampler=positions, num_workers=self._workers, collate_fn=_unchanged, generator=generator
         )
+
+
+class Talk(Positions[list[ChatBatch]]):
+    """Groups of batches of generated conversations in given shares."""
+
+    def __init__(self, world: World, shares: Shares, collate: GroupCollate, rows: range, data: Data) -> None:
+        super().__init__(rows, data.workers)
+        self._world, self._shares, self._collate, self._size = world, shares, collate, data.image_size
+
+    def __getitem__(self, position: int) -> list[ChatBatch]:
+        numbers = self.numbers(position)
+        return self._collate([Conversation(str(number), self._turns(number)) for number in numbers], numbers)
 
     def _turns(self, number: int) -> tuple[Turn, ...]:
         return conversation(self._world.seed, number, self._world.split, size=self._size, shares=self._shares)
@@ -86,12 +99,12 @@ def training_text(conversations: int) -> Iterator[str]:
     yield from (DRAW_SYSTEM, *GREETING) * 20
 
 
-def only_world(data: Data) -> World:
-    """The one source of generated conversations. Raises ValueError when there are others."""
+def only_world(data: Data, otherwise: str) -> World:
+    """The one source, a generated world. Raises ValueError, saying `otherwise`, when there are others."""
     if len(data.sources) != 1 or not isinstance(data.sources[0], World):
-        raise ValueError("task.shares need data.sources to be one generated world; leave task.shares at None for others")
+        raise ValueError(otherwise)
     return data.sources[0]
 
 
-def _unchanged(group: list[ChatBatch]) -> list[ChatBatch]:
-    return group
+def _unchanged(batch: Any) -> Any:
+    return batch

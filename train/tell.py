@@ -8,33 +8,30 @@ C conditioning width, K words a token.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from data.dropout import Dropout, drop
 from data.loader import World
 from data.world.captions import describe
-from data.world.labels import OBJECTS, absent, encode_caption, labels_config, nothing
+from data.world.labels import OBJECTS, absent, encode_caption, nothing
 from data.world.scene import make_scene, random_for
-from model.assets import locate
-from model.files import match, read_tensors
 from model.labels import Labels
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 from model.prefix import Prefix, PrefixBuilder
 from model.store import save
 from train.engine import Engine, micro_batch_size
-from train.labelled import LABELS_FILE
+from train.labelled import load_labels
 from train.metaquery import start
 from train.preview import PreviewConfig, draw_preview
 from train.ranks import Ranks
+from train.talk import Positions, only_world
 from train.task import Task, engine_for
 
 if TYPE_CHECKING:
@@ -58,8 +55,8 @@ class TellTaskConfig:
         """Load the frozen parts and the labels of the decoder, and hand queries and connector to an engine."""
         if self.model.queries < TOLD:
             raise ValueError(f"task.model.queries is {self.model.queries}; a scene is told in {TOLD} tokens, give as many")
-        if len(run.data.sources) != 1 or not isinstance(run.data.sources[0], World):
-            raise ValueError("data.sources: captions of the generated world are told, and nothing else; give one world")
+        others = "data.sources: captions of the generated world are told, and nothing else; give one world"
+        world = only_world(run.data, others)
         model = build(replace(self.model, trainable=()))
         if self.init is not None:
             start(model, self.init)
@@ -67,19 +64,8 @@ class TellTaskConfig:
         labels = load_labels(self.model.decoder.path, model.decoder.condition_width).to(ranks.device)
         size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
         rows = range(ranks.rank, size * ranks.world, ranks.world)
-        captions = Captions(run.data.sources[0], model.mllm.builder, run.data.dropout, run.seed, rows, run.data.workers)
+        captions = Captions(world, model.mllm.builder, run.data.dropout, run.seed, rows, run.data.workers)
         return TellTask(self, model, labels, engine_for(Teller(model), run, ranks), captions, ranks)
-
-
-def load_labels(folder: str | None, width: int) -> Labels:
-    """The frozen label embedding that a labelled SiT's release keeps beside it. Raises ValueError when there is none."""
-    found = None if folder is None else locate(folder)
-    if found is None or not (found / LABELS_FILE).is_file():
-        raise ValueError(f"task.model.decoder.path {folder!r} has no {LABELS_FILE}; name the release of world.decoder")
-    labels, tensors = Labels(labels_config(width)), read_tensors(found / LABELS_FILE)
-    match(tensors, labels.state_dict(), found / LABELS_FILE)
-    labels.load_state_dict(tensors)
-    return labels.requires_grad_(False)
 
 
 class ToldBatch(NamedTuple):
@@ -90,19 +76,18 @@ class ToldBatch(NamedTuple):
     places: Tensor  # [B, TOLD, 3]
 
 
-class Captions(Dataset[ToldBatch]):
+class Captions(Positions[ToldBatch]):
     """This rank's rows of the global batches of generated captions; set `samples` to go on from there."""
 
     def __init__(
         self, world: World, builder: PrefixBuilder, dropout: Dropout, seed: int, rows: range, workers: int = 0
     ) -> None:
-        self.samples = 0
+        super().__init__(rows, workers)
         self._world, self._builder, self._dropout, self._seed = world, builder, dropout, seed
-        self._rows, self._workers = rows, workers
 
     def __getitem__(self, position: int) -> ToldBatch:
         prompts, told = [], []
-        for number in (position + row for row in self._rows):
+        for number in self.numbers(position):
             scene = make_scene(self._world.seed, number, self._world.split)
             caption = describe(scene, random_for(self._world.seed, "caption", self._world.split, number))
             dropped = drop(number, self._seed, self._dropout) is not None
@@ -110,13 +95,6 @@ class Captions(Dataset[ToldBatch]):
             told.append(nothing() if dropped else encode_caption(caption))
         words, places = (torch.from_numpy(np.stack(part)) for part in zip(*told, strict=True))
         return ToldBatch(self._builder.draw(prompts), words, places)
-
-    def __iter__(self) -> Iterator[ToldBatch]:
-        positions = itertools.count(self.samples, self._rows.stop)
-        generator = torch.Generator().manual_seed(0)  # DataLoader would draw from the global stream otherwise
-        yield from DataLoader(
-            self, batch_size=None, sampler=positions, num_workers=self._workers, collate_fn=_unchanged, generator=generator
-        )
 
 
 class Teller(nn.Module):
@@ -176,7 +154,3 @@ class TellTask(Task):
         with self.engine.averaged():
             if self.ranks.first:
                 save(folder, self.model)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

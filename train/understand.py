@@ -93,7 +93,8 @@ class UnderstandConfig:
             groups = Loader(run.data, collate, size * self.group, ranks.rank, ranks.world, run.seed)
         else:
             rows = range(ranks.rank, size * self.group * ranks.world, ranks.world)
-            groups = Talk(only_world(run.data), self.shares, collate, rows, run.data)
+            others = "task.shares need data.sources to be one generated world; leave task.shares at None for others"
+            groups = Talk(only_world(run.data, others), self.shares, collate, rows, run.data)
         return UnderstandTask(speaker, engine_for(speaker, run, ranks), groups, size, source, run, ranks)
 
     def _source(self, run: Run, ranks: Ranks) -> Path:
