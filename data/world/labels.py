@@ -54,10 +54,9 @@ def encode(label: dict[str, Any], withhold: Withhold, seed: int, index: int) -> 
         return nothing()
     if rng.random() < withhold.captions:
         return encode_caption(describe(scene, rng))
-    words, places = nothing()
+    words, places = absent(1 + OBJECTS)
     hide = {name: rng.random() < getattr(withhold, name) for name in ("places", "sizes", "backgrounds", "colours", "shapes")}
     words[0, 0] = UNKNOWN if hide["backgrounds"] else _NUMBER[scene.background]
-    words[1:, 0] = _NUMBER["none"]
     spread = rng.random() if hide["places"] else 0.0
     things = list(scene.objects)
     rng.shuffle(things)
@@ -74,9 +73,8 @@ def encode(label: dict[str, Any], withhold: Withhold, seed: int, index: int) -> 
 
 def encode_caption(caption: Caption) -> tuple[np.ndarray, np.ndarray]:
     """What a caption says -> words [6, 3], places [6, 3], things in the order in which they are said."""
-    words, places = nothing()
+    words, places = absent(1 + OBJECTS)
     words[0, 0] = _NUMBER[caption.background]
-    words[1:, 0] = _NUMBER["none"]
     linked = {}
     if caption.link is not None:
         first, how, second = caption.link
@@ -90,7 +88,9 @@ def encode_caption(caption: Caption) -> tuple[np.ndarray, np.ndarray]:
 
 def nothing() -> tuple[np.ndarray, np.ndarray]:
     """The null condition: words [6, 3], places [6, 3]."""
-    return np.full((1 + OBJECTS, 3), UNKNOWN, np.int64), np.tile(np.array(ANYWHERE, np.float32), (1 + OBJECTS, 1))
+    words, places = absent(1 + OBJECTS)
+    words[:] = UNKNOWN
+    return words, places
 
 
 def absent(count: int) -> tuple[np.ndarray, np.ndarray]:
