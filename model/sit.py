@@ -6,7 +6,7 @@ Letters: B batch, c h w latent channels, height, width, N latent tokens, L condi
 or N, C conditioning width, D width."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,6 +35,9 @@ class SiTConfig:
     conditioning: Literal["in_context", "cross_attention"] = "in_context"
     shared_modulation: bool = True
     align_depth: int = 4
+    spacing: float = 1.0
+    """From token to token in the table of positions. Half, with half the patch, leaves every place its position, so that
+    a finer SiT can go on from a coarser one."""
     activation_checkpointing: bool = False
 
 
@@ -55,7 +58,7 @@ class SiT(nn.Module):
         self.config = config
         width, patch_values = config.width, config.latent_channels * config.patch**2
         self.embed = nn.Linear(patch_values, width)
-        position = sincos_2d(width, config.latent_size // config.patch)  # [N, D]
+        position = sincos_2d(width, config.latent_size // config.patch, config.spacing)  # [N, D]
         self.register_buffer("position", position, persistent=False)
         self.embed_time = TimeEmbedding(width)
         self.embed_condition = nn.Sequential(
@@ -205,10 +208,33 @@ def unpatchify(x: Tensor, patch: int, shape: torch.Size) -> Tensor:
     return x.permute(0, 3, 1, 4, 2, 5).reshape(shape)
 
 
-def sincos_2d(width: int, size: int) -> Tensor:
-    """Fixed positions of a size x size grid, [size size, width]: half the channels for the row, half the column."""
+def finer(sit: SiT, config: SiTConfig) -> SiT:
+    """The same weights in a SiT of smaller patches, to train on from; a SiT of that shape already is returned as it is.
+
+    A small patch starts with the mean of what a large one does with its parts, twice over on the way in, for the values
+    are fewer; blocks are taken over whole. Give `config` the spacing that leaves places where they were. Raises
+    ValueError when anything but patch and spacing differs, or the patches do not divide."""
+    old = sit.config
+    if old == config:
+        return sit
+    if replace(old, patch=config.patch, spacing=config.spacing) != config or old.patch % config.patch:
+        raise ValueError(f"sit: {config} cannot go on from {old}; only a patch that divides {old.patch}, and spacing, may differ")
+    times, fresh = old.patch // config.patch, SiT(config)
+    parts = (old.latent_channels, times, config.patch, times, config.patch)
+    state = sit.state_dict()
+    state["embed.weight"] = times * state["embed.weight"].unflatten(1, parts).mean((2, 4)).flatten(1)
+    for name in ("unembed.weight", "unembed.bias"):
+        state[name] = state[name].unflatten(0, parts).mean((1, 3)).flatten(0, 2)
+    fresh.load_state_dict(state)
+    return fresh
+
+
+def sincos_2d(width: int, size: int, spacing: float = 1.0) -> Tensor:
+    """Fixed positions of a size x size grid, [size size, width]: half the channels for the row, half the column. Tokens
+    are `spacing` wide, and 0 is the middle of a token one wide at the edge."""
     speed = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.arange(size, dtype=torch.float64)[:, None] * speed  # [size, width / 4]
+    middles = (torch.arange(size, dtype=torch.float64) + 0.5) * spacing - 0.5
+    angle = middles[:, None] * speed  # [size, width / 4]
     axis = torch.cat([angle.sin(), angle.cos()], dim=-1)  # [size, width / 2]
     rows = axis[:, None].expand(size, size, -1)
     columns = axis[None, :].expand(size, size, -1)

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from model import attention
-from model.sit import SiT, SiTConfig, patchify, sincos_2d, unpatchify
+from model.sit import SiT, SiTConfig, finer, patchify, sincos_2d, unpatchify
 from tests import tiny
 
 KINDS = [(kind, shared) for kind in ("in_context", "cross_attention") for shared in (True, False)]
@@ -141,3 +143,41 @@ def test_block_has_the_published_size():
 def test_impossible_shapes_are_refused(change, name):
     with pytest.raises(ValueError, match=f"sit.{name}"):
         SiT(tiny.sit_config(**change))
+
+
+def test_a_finer_sit_says_of_an_even_latent_what_the_coarse_one_says():
+    """Where all parts of a large patch are alike, weights included, four small ones are the large one four times."""
+    coarse = awake(patch=4, conditioning="cross_attention")
+    parts = (4, 2, 2, 2, 2)  # channels, then (which small patch, row in it), (which, column)
+    with torch.no_grad():
+        for weight, axis in ((coarse.embed.weight, 1), (coarse.unembed.weight, 0), (coarse.unembed.bias, 0)):
+            by_part = weight.unflatten(axis, parts)
+            which = (axis + 1, axis + 3)
+            weight.copy_(by_part.mean(which, keepdim=True).expand_as(by_part).reshape(weight.shape))
+    fine = finer(coarse, replace(coarse.config, patch=2, spacing=0.5))
+    with torch.no_grad():
+        coarse.embed.weight /= 2  # it sums four times the values, and the fine one starts with twice the weight
+        coarse.position.zero_()
+        fine.position.zero_()
+    flat = torch.randn(1, 4, 1, 1).expand(1, 4, 8, 8)
+    rest = (torch.tensor([0.5]), torch.randn(1, 5, 24))
+    torch.testing.assert_close(fine(flat, *rest).prediction, coarse(flat, *rest).prediction)
+
+
+def test_half_the_spacing_keeps_places():
+    """A large patch lies in the middle of its four small ones, at what their positions turn around."""
+    coarse, fine = (sincos_2d(32, 4).reshape(4, 4, 32), sincos_2d(32, 8, 0.5).reshape(8, 8, 32))
+    torch.testing.assert_close(sincos_2d(32, 4, 1.0), sincos_2d(32, 4))
+    likeness = torch.einsum("ijd,hwd->ijhw", coarse, fine)  # of each large patch to each small one
+    for row, column in ((0, 0), (1, 2), (3, 3)):
+        nearest = likeness[row, column].flatten().topk(4).indices
+        assert {divmod(int(n), 8) for n in nearest} == {(2 * row + a, 2 * column + b) for a in (0, 1) for b in (0, 1)}
+
+
+def test_a_finer_sit_of_another_width_is_refused():
+    sit = awake(patch=4)
+    assert finer(sit, sit.config) is sit
+    with pytest.raises(ValueError, match="only a patch that divides 4"):
+        finer(sit, replace(sit.config, patch=2, depth=1))
+    with pytest.raises(ValueError, match="only a patch that divides 4"):
+        finer(sit, replace(sit.config, patch=8))

@@ -25,7 +25,7 @@ from model.decoder import load_sit, save_sit
 from model.files import match, read_tensors
 from model.labels import Labels
 from model.noise import FlowConfig, NoiseConfig, build_noising, noise
-from model.sit import SiT, SiTConfig
+from model.sit import SiT, SiTConfig, finer
 from model.vae import LatentVAE, VAEConfig, load_vae
 from sample.solver import solve
 from train.autoencoder import compare
@@ -59,7 +59,7 @@ class LabelledTaskConfig:
     align_points: int = 8
     """Points along a side of a latent token's cell."""
     init: Path | None = None
-    """The release of an earlier run of the same shape to go on from. None: fresh weights."""
+    """The release of an earlier run to go on from, of the same shape or a coarser patch. None: fresh weights."""
 
     def build(self, run: Run, ranks: Ranks) -> LabelledTask:
         """Load the VAE, make SiT and labels, hand both to one engine."""
@@ -102,11 +102,14 @@ class LabelledSiT(nn.Module):
         return LabelledOutput(out.prediction, self.head(out.hidden))
 
     def start(self, release: Path) -> None:
-        """Take over what `release` wrote. Raises ValueError when a file is missing or of another shape."""
+        """Take over what `release` wrote; of a coarser SiT, what `finer` keeps. Raises ValueError when a file is missing
+        or does not fit."""
         self.labels.load_state_dict(load_labels(str(release), self.sit.config.condition_width).state_dict())
-        self.sit.load_state_dict(load_sit(str(release)).state_dict())
+        self.sit.load_state_dict(finer(load_sit(str(release)), self.sit.config).state_dict())
         if self.head is not None and (release / HEAD_FILE).is_file():
-            self.head.load_state_dict(load_head(str(release)).state_dict())
+            head = load_head(str(release))
+            if head.points == self.head.points:
+                self.head.load_state_dict(head.state_dict())
 
 
 def load_labels(folder: str | None, width: int) -> Labels:
