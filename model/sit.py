@@ -218,7 +218,8 @@ def finer(sit: SiT, config: SiTConfig) -> SiT:
     if old == config:
         return sit
     if replace(old, patch=config.patch, spacing=config.spacing) != config or old.patch % config.patch:
-        raise ValueError(f"sit: {config} cannot go on from {old}; only a patch that divides {old.patch}, and spacing, may differ")
+        allowed = f"only a patch that divides {old.patch}, and spacing, may differ"
+        raise ValueError(f"sit: {config} cannot go on from {old}; {allowed}")
     times, fresh = old.patch // config.patch, SiT(config)
     parts = (old.latent_channels, times, config.patch, times, config.patch)
     state = sit.state_dict()

@@ -171,7 +171,11 @@ def test_a_bridge_learns_its_decoder_s_language_and_goes_on_to_draw(folder):
 
     drawing = MetaQueryTaskConfig(model, init=folder / "tell" / "release")
     train(replace(run, name="drawn", task=drawing, out=folder / "drawn"))
-    assert store.load(folder / "drawn" / "release").own_tensors().keys() > release.own_tensors().keys()
+    drawn = store.load(folder / "drawn" / "release").own_tensors()
+    assert drawn.keys() > release.own_tensors().keys()
+    again = TellTaskConfig(model, init=folder / "drawn" / "release").build(run, ranks).model.own_tensors()
+    assert again.keys() == release.own_tensors().keys()
+    assert all(torch.equal(tensor, drawn[name]) for name, tensor in again.items())
 
 
 def test_a_vision_tower_learns_dense_labels_and_leaves_the_language_model_alone(folder):

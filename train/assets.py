@@ -44,7 +44,8 @@ STAGES = (
     Stage("mllm", "understand.instruct", "mllm", ("--task.init", "runs/assets/align/release")),
     Stage("vae", "world.vae", "vae"),
     Stage("vae_decoder", "world.vae_decoder", "vae"),
-    Stage("sit", "world.decoder", "sit"),
+    Stage("coarse", "world.coarse_decoder", None),
+    Stage("sit", "world.decoder", "sit", ("--task.init", "runs/assets/coarse/release")),
     Stage("tell", "metaquery.tell", None),
     Stage("bridge", "metaquery.world", "release", ("--task.init", "runs/assets/tell/release", "--optim.lr", "2e-4")),
 )

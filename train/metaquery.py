@@ -131,11 +131,11 @@ class MetaQueryTask(Task):
                 save(folder, self.model)
 
 
-def start(model: MetaQuery, release: Path) -> None:
-    """Take the tensors of a release over into a model of the same shape, in which more of the decoder may train. Raises
-    ValueError when they do not fit."""
+def start(model: MetaQuery, release: Path, decoder: bool = True) -> None:
+    """Take the tensors of a release over into a model of the same shape, in which more of the decoder may train; without
+    `decoder`, those of queries and connector alone. Raises ValueError when they do not fit."""
     file = release / "model.safetensors"
-    tensors = read_tensors(file)
+    tensors = {name: t for name, t in read_tensors(file).items() if decoder or not name.startswith("decoder.")}
     wanted = {name: t for name, t in model.own_tensors().items() if name in tensors or not name.startswith("decoder.")}
     match(tensors, wanted, file)
     model.load_state_dict(tensors, strict=False)  # names are checked; the frozen rest came with the decoder

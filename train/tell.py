@@ -59,7 +59,7 @@ class TellTaskConfig:
         world = only_world(run.data, others)
         model = build(replace(self.model, trainable=()))
         if self.init is not None:
-            start(model, self.init)
+            start(model, self.init, decoder=False)
         model.place(ranks.device)
         labels = load_labels(self.model.decoder.path, model.decoder.condition_width).to(ranks.device)
         size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
