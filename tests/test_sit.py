@@ -157,8 +157,8 @@ def test_a_finer_sit_says_of_an_even_latent_what_the_coarse_one_says():
     fine = finer(coarse, replace(coarse.config, patch=2, spacing=0.5))
     with torch.no_grad():
         coarse.embed.weight /= 2  # it sums four times the values, and the fine one starts with twice the weight
-        coarse.position.zero_()
-        fine.position.zero_()
+        coarse.get_buffer("position").zero_()
+        fine.get_buffer("position").zero_()
     flat = torch.randn(1, 4, 1, 1).expand(1, 4, 8, 8)
     rest = (torch.tensor([0.5]), torch.randn(1, 5, 24))
     torch.testing.assert_close(fine(flat, *rest).prediction, coarse(flat, *rest).prediction)
