@@ -1,4 +1,4 @@
-# make demo: the main job on the embedded default; make test: the suite; make check: what CI wants.
+# make demo: the main job on the embedded default; make test: the suite; make check: that, with ruff and pyright.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -15,6 +15,7 @@ setup(
         "transformers>=5.17,<6",
         "diffusers>=0.42,<0.43",
         "webdataset>=1.0.2,<1.1",
+        "braceexpand>=0.1.7",
         "safetensors>=0.8",
         "sentencepiece>=0.2.2",
         "protobuf>=5",

@@ -33,7 +33,7 @@ def queries_4() -> Run:
 
 
 def queries_16() -> Run:
-    """The reference: the shipped bridge, trained for fewer steps.
+    """The reference: `metaquery.world` from nothing, for fewer steps.
 
     python -m train.run ablation.queries_16
     """

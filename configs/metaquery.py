@@ -28,7 +28,7 @@ def world() -> Run:
 
     python -m train.run metaquery.world
 
-    2 CPU cores, a few minutes; the loss falls below that of the untrained bridge within the first hundred steps.
+    2 CPU cores, about an hour; the loss falls below that of the untrained bridge within the first hundred steps.
     """
     model = MetaQueryConfig(
         mllm=MLLMConfig("assets/world/mllm"),
@@ -61,7 +61,7 @@ def tell() -> Run:
 
     python -m train.run metaquery.tell
 
-    2 CPU cores, about ten minutes; the mean square error of tokens whose mean square is 1 falls to 0.02.
+    2 CPU cores, about a quarter of an hour; the mean square error of tokens whose mean square is 1 falls to 0.02.
     """
     run = world()
     assert isinstance(run.task, MetaQueryTaskConfig)
@@ -94,10 +94,10 @@ def demo() -> Run:
 def emoji() -> Run:
     """Real pictures with real captions: about 1,300 emoji, written as shards by
 
-    python -m data.write emoji --font NotoColorEmoji.ttf --out data/emoji
+    python -m data.write emoji --font NotoColorEmoji.ttf --out shards/emoji
     python -m train.run metaquery.emoji
 
-    2 CPU cores, tens of minutes; it learns the colours and outlines of the pictures it has seen.
+    2 CPU cores, some hours; it learns the colours and outlines of the pictures it has seen.
     """
     run = world()
     assert isinstance(run.task, MetaQueryTaskConfig)

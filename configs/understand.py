@@ -56,7 +56,7 @@ def see() -> Run:
 
 
 def align() -> Run:
-    """Stage 1: the vision tower and its merger learn to speak to the language model, which stays as it is.
+    """Stage 3: the vision tower and its merger learn to speak to the language model, which stays as it is.
 
     python -m train.run understand.align
 
@@ -70,7 +70,7 @@ def align() -> Run:
 
 
 def instruct() -> Run:
-    """Stage 2: everything learns from the whole mixture of questions, descriptions and texts.
+    """Stage 4: everything learns from the whole mixture of questions, descriptions and texts.
 
     python -m train.run understand.instruct
 

@@ -54,6 +54,13 @@ class LabelledBatch:
     labels: torch.Tensor | tuple[dict[str, Any], ...]  # [B] long for class numbers; scenes stay JSON objects
     pixels: torch.Tensor  # [B, 3, H, W] in [-1, 1]
 
+    @property
+    def scenes(self) -> tuple[dict[str, Any], ...]:
+        """The labels of the generated world. ValueError for class numbers."""
+        if isinstance(self.labels, torch.Tensor):
+            raise ValueError("data.sources label by class number, and this task learns from scenes; give a generated world")
+        return self.labels
+
     def to(self, device: Device) -> "LabelledBatch":
         """The same batch on another device."""
         labels = self.labels.to(device) if isinstance(self.labels, torch.Tensor) else self.labels

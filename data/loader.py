@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -27,6 +27,7 @@ MIN_READ_TO_JUDGE = 1_000  # samples, before the share of bad ones counts
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T", covariant=True)
 Collate = Callable[[Sequence[Any], Sequence[int]], Any]  # (records, sample numbers) -> batch
 
 
@@ -66,26 +67,46 @@ def open_source(config: World | Shards, task: Task, image_size: int) -> Source:
     return ShardSource(config.urls)
 
 
+class Positions(Dataset[T]):
+    """Endless batches by the number of their first sample; set `samples` to go on from there."""
+
+    def __init__(self, rows: range, workers: int) -> None:
+        self.samples = 0
+        self.rows, self._workers = rows, workers
+
+    def numbers(self, position: int) -> list[int]:
+        """This rank's sample numbers of the batch at `position`."""
+        return [position + row for row in self.rows]
+
+    def __iter__(self) -> Iterator[T]:
+        """Batches from `samples` on, prepared by the config's workers."""
+        positions = itertools.count(self.samples, self.rows.stop)
+        generator = torch.Generator().manual_seed(0)  # DataLoader would draw from the global stream otherwise
+        yield from DataLoader(
+            self, batch_size=None, sampler=positions, num_workers=self._workers, collate_fn=_unchanged, generator=generator
+        )
+
+
 @dataclass(frozen=True)
 class _Fetched:
     batch: Any  # None: too many bad samples in a row
     rejects: Counter[tuple[str, str]]  # (source, reason) -> samples
 
 
-class _Batches(Dataset[_Fetched]):
+class _Batches(Positions[_Fetched]):
     """Position -> this rank's rows of the global batch there. Pure, so that any worker can do it."""
 
     def __init__(self, config: Data, collate: Collate, rows: range, seed: int):
+        super().__init__(rows, config.workers)
         self._names = [source.split if isinstance(source, World) else source.urls for source in config.sources]
         self._sources = [open_source(source, config.task, config.image_size) for source in config.sources]
         weights = [source.weight for source in config.sources]
         self._order = Order([len(source) for source in self._sources], weights, seed)
         self._task: Task = config.task
         self._collate = collate
-        self.rows = rows
 
     def __getitem__(self, position: int) -> _Fetched:
-        samples = [position + row for row in self.rows]
+        samples = self.numbers(position)
         rejects: Counter[tuple[str, str]] = Counter()
         records = []
         for sample in samples:
@@ -129,20 +150,12 @@ class Loader:
         self.rejects: Counter[tuple[str, str]] = Counter()  # (source, reason) -> samples this rank had to replace
         self._read = 0  # samples this rank has handed out since it started
         self._global_batch = batch_size_per_rank * world_size
-        self._workers = config.workers
         self._batches = _Batches(config, collate, range(rank, self._global_batch, world_size), seed)
 
     def __iter__(self) -> Iterator[Any]:
         """Batches from `samples` on. `samples` moves when a batch is handed out, however far the workers have read ahead."""
-        positions = itertools.count(self.samples, self._global_batch)
-        prepared = DataLoader(
-            self._batches,
-            batch_size=None,
-            sampler=positions,
-            num_workers=self._workers,
-            generator=torch.Generator().manual_seed(0),  # DataLoader would draw from the global stream otherwise
-        )
-        for fetched in prepared:
+        self._batches.samples = self.samples
+        for fetched in self._batches:
             self.rejects += fetched.rejects
             self._read += len(self._batches.rows)
             self._judge(fetched)
@@ -156,3 +169,7 @@ class Loader:
             raise ValueError(f"{MAX_BAD_IN_A_ROW} samples in a row cannot be used: {counts}; check data.sources, data.task")
         if self._read >= MIN_READ_TO_JUDGE and bad > MAX_BAD_SHARE * self._read:
             raise ValueError(f"{bad} of {self._read} samples cannot be used: {counts}; repair or remove that source")
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

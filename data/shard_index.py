@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model.files import write_whole
+
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MAX_BYTES = dict.fromkeys(IMAGES, 64 << 20) | {"txt": 1 << 20, "json": 4 << 20}  # by kind of member, which it allow-lists
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key, then all past the first dot: webdataset's convention
@@ -108,13 +110,9 @@ def _cached(cache: Path, stamp: dict[str, int]) -> dict | None:
 
 
 def _write(cache: Path, content: dict) -> bool:
-    partial = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, separators=(",", ":")))
-        partial.replace(cache)
+        write_whole(cache, lambda path: path.write_text(json.dumps(content, separators=(",", ":"))))
     except OSError:
-        partial.unlink(missing_ok=True)
         return False
     return True
 

@@ -2,10 +2,9 @@
 
 Letters: B batch, L conditioning tokens, C conditioning width, c h w latent channels, height, width."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -21,21 +20,6 @@ from model.files import (
     write_tensors,
 )
 from model.sit import SiT, SiTConfig, SiTOutput
-
-
-class Decoder(Protocol):
-    """A module that a MetaQuery drives."""
-
-    condition_width: int  # C
-    condition_gain: float  # the RMS that its conditioning should have at first
-    condition_tokens: int  # the most that it takes
-    latent_shape: tuple[int, int, int]  # c, h, w
-
-    def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """x_t [B, c, h, w], t [B] in [0, 1], condition [B, L, C] -> prediction [B, c, h, w]."""
-        ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 @dataclass(frozen=True)

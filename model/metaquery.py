@@ -3,7 +3,6 @@
 Letters: B batch, Q queries, D MLLM width, C conditioning width, c h w latent channels, height, width."""
 
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Literal, overload
 
 import torch
@@ -17,6 +16,7 @@ from model.noise import FlowConfig, NoiseConfig, Noising, build_noising
 from model.prefix import Prefix
 from model.queries import Queries
 from model.sit import SiTOutput
+from model.trainable import choose_trainable
 from model.vae import LatentVAE, VAEConfig, load_vae
 
 
@@ -64,7 +64,9 @@ class MetaQuery(nn.Module):
         self.connector = connector
         self.decoder = decoder
         self.latent_shape = decoder.latent_shape
-        self._choose_trainable()
+        if self.queries is not None:
+            self.queries.requires_grad_(config.learned_queries)
+        choose_trainable(self.decoder, config.trainable, "decoder parameter")
         own = self.own_tensors().keys()
         # Taken now: a bf16 engine rounds what it does not train, and a release names what was loaded.
         self.decoder_sha256 = fingerprint({name: t for name, t in self.state_dict().items() if name not in own})
@@ -104,17 +106,6 @@ class MetaQuery(nn.Module):
             return state
         frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         return {name: t for name, t in state.items() if not (name in frozen and name.startswith("decoder."))}
-
-    def _choose_trainable(self) -> None:
-        if self.queries is not None:
-            self.queries.requires_grad_(self.config.learned_queries)
-        names = [name for name, _ in self.decoder.named_parameters()]
-        for pattern in self.config.trainable:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                examples = ", ".join(names[:: max(1, len(names) // 4)])
-                raise ValueError(f"trainable {pattern!r} matches no decoder parameter; there are {examples}, ...")
-        for name, parameter in self.decoder.named_parameters():
-            parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in self.config.trainable))
 
 
 def build(config: MetaQueryConfig, mllm: FrozenMLLM | None = None, vae: LatentVAE | None = None) -> MetaQuery:

@@ -97,7 +97,7 @@ class PrefixBuilder:
         self,
         tokenizer: Any,
         image_processor: Any,
-        rope_index: RopeIndex | None = None,
+        rope_index: RopeIndex,
         max_text_tokens: int = 256,
         image_token: str = "<|image_pad|>",
     ):
@@ -193,8 +193,6 @@ class PrefixBuilder:
         return processed["pixel_values"], processed["image_grid_thw"]
 
     def _positions(self, ids: Tensor, mask: Tensor, grids: Tensor | None) -> Tensor:
-        if self.rope_index is None:
-            return (mask.long().cumsum(-1) - 1).clamp(min=0)
         return self.rope_index(ids, (ids == self.image_id).int(), grids, mask)
 
     def _pad(self, rows: list[list[int]], value: int) -> Tensor:

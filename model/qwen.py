@@ -56,9 +56,7 @@ class Qwen2_5_VL:
         self.prefills += 1
         with _own_dtype(self.device):
             out = self.model.model(**arguments(prefix.to(self.device)), use_cache=True)
-        next_positions = prefix.positions.amax(dim=-1)  # [3, B] or [B]
-        if next_positions.ndim == 2:
-            next_positions = next_positions.amax(dim=0)
+        next_positions = prefix.positions.amax(dim=(0, 2))  # [B], over the axes of [3, B, P]
         return Prefilled(
             layers=tuple((layer.keys, layer.values) for layer in out.past_key_values.layers),
             mask=prefix.mask.to(self.device),

@@ -44,9 +44,9 @@ def save(folder: Path, model: MetaQuery, tensors: Mapping[str, Tensor] | None = 
         )
 
 
-def load(folder: Path, verify: bool = True) -> MetaQuery:
-    """The model of a release, on CPU in eval mode. ValueError names what is missing, unknown, of another shape or,
-    with `verify`, not the frozen part that it was trained with."""
+def load(folder: Path) -> MetaQuery:
+    """The model of a release, on CPU in eval mode. ValueError names what is missing, unknown, of another shape, or not the
+    frozen part that it was trained with."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no release (it has no config.json); name the folder that training wrote")
@@ -61,8 +61,7 @@ def load(folder: Path, verify: bool = True) -> MetaQuery:
     model = build(parse_config(MetaQueryConfig, raw.get("model"), path))
     match(tensors, model.own_tensors(), folder / "model.safetensors")
     model.load_state_dict(tensors, strict=False)  # the names are checked; the rest came with the decoder
-    if verify:
-        _verify(raw.get("frozen", {}), _frozen(model), path)
+    _verify(raw.get("frozen", {}), _frozen(model), path)
     return model.eval()
 
 

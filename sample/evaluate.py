@@ -56,7 +56,7 @@ def world(args: World) -> None:
     if args.grid is not None and not args.n:
         raise ValueError("--grid shows drawn pictures; give --n above 0, or leave it out")
     # heavy imports wait until the arguments are right, so that --help stays instant
-    from sample.files import write_whole
+    from model.files import write_whole
     from sample.measures import Measure, show, write_json
     from sample.pipeline import Pipeline
     from sample.world_answers import exams, understanding

@@ -144,7 +144,7 @@ def save(path: Path, picture: "Image.Image", about: dict[str, object]) -> None:
     """A PNG with `about` as its text chunks, whole or absent."""
     from PIL.PngImagePlugin import PngInfo
 
-    from sample.files import write_whole
+    from model.files import write_whole
 
     info = PngInfo()
     for key, value in about.items():

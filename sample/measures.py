@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from sample.files import write_whole
+from data.interval import wilson
+from model.files import write_whole
 
 NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 
@@ -35,11 +36,7 @@ def share(successes: int, n: int) -> Measure:
     assert 0 <= successes <= n, (successes, n)
     if n == 0:
         return Measure(0.0, 0.0, 1.0, 0, "share")
-    z = 1.959964  # two-sided 95 % quantile of the normal distribution
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Measure(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n, "share")
+    return Measure(successes / n, *wilson(successes, n), n, "share")
 
 
 def write_json(path: Path, measures: Mapping[str, Measure]) -> None:

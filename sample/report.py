@@ -13,8 +13,8 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
+from model.files import write_whole
 from sample.cli import run
-from sample.files import write_whole
 from sample.measures import Measure, read_json
 
 CONTROLS = {"empty", "blank", "chance"}  # parts of the names of measures of what a model that does not look would earn

@@ -1,4 +1,4 @@
-"""How a picture is drawn, as values: what generate, evaluate and a training run's previews share."""
+"""How a picture is drawn, as values: what generate and evaluate share."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

@@ -76,7 +76,7 @@ def test_damage_is_found_and_the_one_before_is_taken(root, damage):
 
 def test_a_failed_save_costs_nothing(task, root, monkeypatch):
     """Fail at every point where the disk is asked for something, one after the other."""
-    usual, calls, fail_at = checkpoint._sync, 0, 1
+    usual, calls, fail_at = checkpoint.sync, 0, 1
 
     def sometimes(path):
         nonlocal calls
@@ -85,7 +85,7 @@ def test_a_failed_save_costs_nothing(task, root, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         usual(path)
 
-    monkeypatch.setattr(checkpoint, "_sync", sometimes)
+    monkeypatch.setattr(checkpoint, "sync", sometimes)
     before = task.engine.steps
     while True:
         calls = 0

@@ -1,8 +1,8 @@
 import pytest
 from PIL import Image
 
+from model.files import write_whole
 from sample.cli import run
-from sample.files import write_whole
 from sample.pictures import open_picture
 
 

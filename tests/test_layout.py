@@ -33,7 +33,7 @@ def test_a_package_is_the_one_of_this_checkout(package):
 def test_imports_point_left(path):
     place = PACKAGES.index(path.relative_to(ROOT).parts[0])
     to_the_right = imported(path) & set(PACKAGES[place + 1 :])
-    entry = path.name in ("run.py", "demo.py") and place == PACKAGES.index("train")  # they look runs up by name
+    entry = path.name == "run.py" and place == PACKAGES.index("train")  # it looks runs up by name
     assert to_the_right <= ({"configs"} if entry else set())
 
 

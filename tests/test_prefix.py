@@ -4,10 +4,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLModel
+from transformers import AutoConfig, Qwen2_5_VLModel
 
 from model.mllm import MLLMConfig, load_builder
-from model.prefix import DRAW_SYSTEM, IGNORED, PrefixBuilder, Turn
+from model.prefix import DRAW_SYSTEM, IGNORED, Turn
 from tests import tiny
 
 
@@ -68,13 +68,6 @@ def test_positions_are_those_of_the_model_itself(builder, folder):
     )
     assert torch.equal(prefix.positions, expected)
     assert not torch.equal(prefix.positions[1], prefix.positions[2])  # images have rows and columns
-
-
-def test_text_models_get_one_axis(folder):
-    prefix = PrefixBuilder(AutoTokenizer.from_pretrained(folder), None)([[Turn("user", "a")], [Turn("user", "a red")]])
-    assert prefix.positions.shape == prefix.ids.shape
-    assert prefix.positions[1].tolist() == list(range(prefix.ids.shape[1]))
-    assert (prefix.positions[0][prefix.mask[0]] == torch.arange(int(prefix.mask[0].sum()))).all()
 
 
 def test_targets_are_the_answers_and_their_closing_mark(builder):

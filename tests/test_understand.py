@@ -25,7 +25,7 @@ from train.config import Run
 from train.ranks import Ranks
 from train.run import main
 from train.talk import GroupCollate, Talk, training_text
-from train.understand import Speaker, UnderstandTask, choose_trainable
+from train.understand import Speaker, UnderstandTask, answers_of, choose_trainable
 
 SMALL = EmbeddedConfig(
     vocabulary=400,
@@ -124,7 +124,7 @@ def test_loss_and_gradients_are_those_of_transformers(folder):
     assert not prefix.mask.all()
     said = targets != IGNORED
     ours, theirs = model_of(folder), model_of(folder)
-    logits, _ = Speaker(ours)(prefix, said)
+    logits, _ = Speaker(ours)(prefix, answers_of(targets)[0])
     loss = torch.nn.functional.cross_entropy(logits, targets[said])
     reference = theirs(
         input_ids=prefix.ids,
@@ -146,7 +146,7 @@ def test_texts_alone_reach_every_parameter_and_change_no_prediction(folder):
     prefix, targets = load_builder(MLLMConfig(str(folder))).with_targets(talks(3, read=1.0))
     said = targets != IGNORED
     model = model_of(folder)
-    logits, _ = Speaker(model)(prefix, said)
+    logits, _ = Speaker(model)(prefix, answers_of(targets)[0])
     plain = model(input_ids=prefix.ids, attention_mask=prefix.mask, position_ids=prefix.positions).logits
     torch.testing.assert_close(logits, plain[:, :-1][said[:, 1:]])
     logits.sum().backward()
@@ -164,7 +164,7 @@ def test_the_tower_learns_where_its_tokens_lie_only_when_asked(folder, tmp_path)
     assert isinstance(mllm, Qwen2_5_VL)
     speaker = Speaker(mllm.model.requires_grad_(True), tell_places=True)
     prefix, targets = mllm.builder.with_targets(talks(3, read=1.0))
-    _, nowhere = speaker(prefix, targets != IGNORED)
+    _, nowhere = speaker(prefix, answers_of(targets)[0])
     assert nowhere.item() == 0
     wide = mllm.builder([[Turn("user", "What is this?", (Image.new("RGB", (64, 32)),))]])
     assert wide.grids is not None
@@ -264,7 +264,7 @@ def test_the_stages_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     measures = understanding(released, exams(0, "val", 2))
     assert read_json(tmp_path / "runs/instruct/previews/step-00000002.json") == measures
     lines = [json.loads(line) for line in (tmp_path / "runs/instruct/metrics.jsonl").read_text().splitlines()]
-    [line] = [line for line in lines if line.get("event") == "understanding"]
+    [line] = [line for line in lines if line.get("event") == "preview"]
     assert {"understanding.colour", "understanding.blank.colour"} <= line.keys()
     capsys.readouterr()
 
@@ -277,12 +277,12 @@ def test_a_release_says_what_the_trained_model_says(folder, tmp_path):
     assert 0 < float(scalars["loss"]) < 20
     task.release(tmp_path / "release")
     batch = next(batches)
-    said = batch.targets != IGNORED
+    before, _ = answers_of(batch.targets)
     with torch.no_grad():
-        trained = task.engine(batch.prefix, said)[0]
+        trained = task.engine(batch.prefix, before)[0]
         model = model_of(tmp_path / "release", torch.bfloat16)
         batch_equal_pictures(model.model.visual)  # as the task does: one sum in another order is no longer bit-equal
-        released = Speaker(model)(batch.prefix, said)[0]
+        released = Speaker(model)(batch.prefix, before)[0]
     assert torch.equal(trained, released)
 
 

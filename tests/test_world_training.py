@@ -42,10 +42,20 @@ def train(run: Run) -> None:
         seed=run.seed,
         folder=run.folder,
         config=dump_config(run),
-        resume="auto",
+        resume=run.resume,
         metrics=run.metrics,
         ranks=ranks,
     )
+
+
+def ends_alike(run: Run) -> None:
+    """From its middle checkpoint on, a run that has ended ends again on the same bytes."""
+    middle = run.folder / "checkpoints" / "step-00000002"
+    again = replace(run, out=run.folder.with_name(f"{run.name}-again"), resume=str(middle))
+    train(again)
+    last = [read_json(r.folder / "checkpoints" / "step-00000003" / "manifest.json") for r in (run, again)]
+    assert last[0]["sha256"] == last[1]["sha256"]
+    assert last[0]["counters"] == last[1]["counters"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +64,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     task = AutoencoderTaskConfig(channels=(8, 8), latent_channels=4, layers_per_block=1, groups=4, attention=False)
     data = Data(sources=(World(),), task="labelled", image_size=16)
-    train(Run("vae", task, data, SHORT, engine=FP32, out=folder / "vae"))
+    run = Run("vae", task, data, SHORT, engine=FP32, out=folder / "vae")
+    train(run)
+    ends_alike(run)
     return folder
 
 
@@ -101,6 +113,7 @@ def test_a_labelled_sit_trains_goes_on_and_is_loaded_as_a_decoder(folder):
     data = Data(sources=(World(),), task="labelled", image_size=16)
     run = Run("sit", task, data, SHORT, engine=FP32, out=folder / "sit")
     train(run)
+    ends_alike(run)
     release = folder / "sit" / "release"
     assert load_sit(str(release)).config == task.sit
     assert (folder / "sit" / "previews" / "step-00000003.png").is_file()
@@ -155,6 +168,8 @@ def test_a_bridge_learns_its_decoder_s_language_and_goes_on_to_draw(folder):
         "tell", TellTaskConfig(model), Data(sources=(World(),), image_size=16), SHORT, engine=FP32, out=folder / "tell"
     )
     assert parse_config(Run, dump_config(run), folder / "run.json") == run  # not taken for a task that draws
+    train(run)
+    ends_alike(run)
     train(replace(run, schedule=replace(SHORT, steps=12), ema=EmaConfig(halflife_images=1)))
     logged = [json.loads(line) for line in (folder / "tell" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in logged if "loss" in line]
@@ -181,7 +196,9 @@ def test_a_bridge_learns_its_decoder_s_language_and_goes_on_to_draw(folder):
 def test_a_vision_tower_learns_dense_labels_and_leaves_the_language_model_alone(folder):
     source = tiny.mllm_folder(folder / "mllm")
     data = Data(sources=(World(),), task="labelled", image_size=16)
-    train(Run("see", SeeTaskConfig(init=source, points=2), data, SHORT, engine=FP32, out=folder / "see"))
+    run = Run("see", SeeTaskConfig(init=source, points=2), data, SHORT, engine=FP32, out=folder / "see")
+    train(run)
+    ends_alike(run)
     before, after = (weights(path) for path in (source, folder / "see" / "release"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed

@@ -19,9 +19,8 @@ from pathlib import Path
 from statistics import fmean
 
 from model.assets import ROOT
-from model.files import publish, read_json
+from model.files import publish, read_json, write_whole
 from sample.cli import run
-from sample.files import write_whole
 
 WAY = 6  # stretches of a run whose mean losses its line shows
 ASSETS, RUNS = ROOT / "assets" / "world", ROOT / "runs" / "assets"

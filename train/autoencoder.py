@@ -5,7 +5,6 @@ Letters: B batch, H W pixels, c h w latent channels, height, width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +16,14 @@ from torch import Tensor, nn
 from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
 from data.transforms import to_pil
-from model.files import match, publish
+from model.files import match, publish, write_whole
 from model.noise import noise
 from model.vae import VAEConfig, load_vae
-from sample.files import write_whole
 from sample.grid import Cell, Row, table
 from train.engine import Engine
 from train.loss import gaussian_kl
 from train.ranks import Ranks
-from train.task import Task, engine_for, loader_for
+from train.task import LoaderTask, engine_for, loader_for
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -102,7 +100,7 @@ class Codec(nn.Module):
         return self.autoencoder.decode(latents).sample, posterior.mean, posterior.logvar
 
 
-class AutoencoderTask(Task):
+class AutoencoderTask(LoaderTask):
     """Trains encoder and decoder; the release carries the mean and deviation of each latent channel."""
 
     def __init__(
@@ -120,11 +118,6 @@ class AutoencoderTask(Task):
         self.seed, self.ranks = seed, ranks
         self.engines = {"main": engine}
 
-    def batches(self, samples: int) -> Iterator[LabelledBatch]:
-        """This rank's share, on the CPU."""
-        self.loader.samples = samples
-        return iter(self.loader)
-
     def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
         """Absolute plus squared error of the reconstruction, and `kl_weight` times the posterior's KL divergence.
 
@@ -139,13 +132,14 @@ class AutoencoderTask(Task):
         self.engine.step()
         return {"l1": absolute.detach(), "mse": squared.detach(), "kl": kl.detach()}
 
-    def preview(self, folder: Path, step: int) -> None:
+    def preview(self, folder: Path, step: int) -> dict[str, float]:
         """Eight pictures beside their reconstructions: previews/step-00000500.png."""
         with self.engine.averaged():
             if self.ranks.first:
                 pixels = next(self.batches(0)).pixels[:8].to(self.ranks.device)
                 rebuilt = self.module.autoencoder(pixels.to(self.module.autoencoder.dtype)).sample
                 compare(pixels, rebuilt.float(), ("picture", "rebuilt"), folder / f"step-{step:08d}.png")
+        return {}
 
     def release(self, folder: Path) -> None:
         """A folder that `AutoencoderKL.from_pretrained` loads, with `latents_mean` and `latents_std` over 2,048 pictures."""

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.files import sync
 from train.engine import KINDS, Engine
 from train.ranks import Ranks
 
@@ -81,7 +82,7 @@ def save(
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
-        _sync(root)
+        sync(root)
         for old in _steps(root)[:-keep]:
             shutil.rmtree(old)
 
@@ -218,22 +219,13 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)  # safetensors writes 0600
-    _sync(path)
+    sync(path)
     return {path.name: _sha256(path)}
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""One run as a value: task + data + optimizer + engine + schedule, frozen; to and from run.json, strictly."""
+"""One run as a value: task + data + optimizer + engine + schedule, frozen."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ import tyro
 from PIL import Image
 from rich.console import Console
 
+from model.files import write_whole
 from sample.cli import run
-from sample.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ def show(args: Args, console: Console) -> None:
     """Draws, scores and asks with the release that the training left."""
     import torch
 
-    from configs.metaquery import demo
     from data.world.render import render
     from model.metaquery import build
     from model.prefix import Turn
@@ -65,15 +64,13 @@ def show(args: Args, console: Console) -> None:
     from sample.pipeline import Pipeline
     from sample.world_drawing import drawing, judge
     from sample.world_suite import suite
-    from train.metaquery import MetaQueryTaskConfig
 
     release = args.out / "run" / "release"
     pipeline = Pipeline.from_release(release)
     console.rule("2. held-out prompts, before and after")
-    task, asked = demo().task, suite(seed=0, split="val", per_category=args.n)
-    assert isinstance(task, MetaQueryTaskConfig)
+    asked = suite(seed=0, split="val", per_category=args.n)
     torch.manual_seed(0)
-    untrained = Pipeline(build(task.model, pipeline.model.mllm, pipeline.model.vae))
+    untrained = Pipeline(build(pipeline.model.config, pipeline.model.mllm, pipeline.model.vae))
     shown = [one for category in ("single_object", "count", "position", "binding") for one in _first(asked, category, 2)]
     seeds = list(range(len(shown)))
     texts = [one.text for one in shown]

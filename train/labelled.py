@@ -7,10 +7,9 @@ c h w latent channels, height, width, L label tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from train.dense import HEAD_FILE, DenseHead, load_head
 from train.engine import Engine
 from train.loss import squared_error
 from train.ranks import Ranks
-from train.task import Task, engine_for, loader_for
+from train.task import LoaderTask, engine_for, loader_for
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -123,7 +122,7 @@ def load_labels(folder: str | None, width: int) -> Labels:
     return labels.requires_grad_(False)
 
 
-class LabelledTask(Task):
+class LabelledTask(LoaderTask):
     """Trains SiT and the label embedding; the VAE is only read."""
 
     def __init__(
@@ -142,11 +141,6 @@ class LabelledTask(Task):
         self.latent_shape = (config.sit.latent_channels, config.sit.latent_size, config.sit.latent_size)
         self.engines = {"main": engine}
 
-    def batches(self, samples: int) -> Iterator[LabelledBatch]:
-        """This rank's share, on the CPU."""
-        self.loader.samples = samples
-        return iter(self.loader)
-
     def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
         """Mean over the batch of |prediction(x_t, t, labels) - target|^2, and the alignment."""
         device = self.ranks.device
@@ -160,18 +154,18 @@ class LabelledTask(Task):
         measured, objective = {"loss": loss.detach()}, loss
         if logits is not None:
             assert self.module.head is not None
-            align, accuracy = self.module.head.loss(logits, _scenes(batch))
+            align, accuracy = self.module.head.loss(logits, batch.scenes)
             measured |= {"align": align.detach(), "shape_accuracy": accuracy}
             objective = loss + self.config.align * align
         self.engine.backward(objective)
         self.engine.step()
         return measured
 
-    def preview(self, folder: Path, step: int) -> None:
+    def preview(self, folder: Path, step: int) -> dict[str, float]:
         """Eight pictures beside what is drawn from their whole labels: previews/step-00000500.png."""
         with self.engine.averaged():
             if not self.ranks.first:
-                return
+                return {}
             batch = next(self.batches(0))
             rows = slice(0, 8)
             words, places = (part[rows] for part in self._told(batch, TELL_ALL))
@@ -181,6 +175,7 @@ class LabelledTask(Task):
                 lambda x, t: self.module.sit(x.to(condition.dtype), t, condition).prediction, start, 16, self.noising
             )
             compare(batch.pixels[rows], self.vae.decode(drawn), ("picture", "drawn"), folder / f"step-{step:08d}.png")
+        return {}
 
     def release(self, folder: Path) -> None:
         """The averaged SiT, as `model.decoder.load_sit` reads it, with label embedding and head beside it; in bfloat16."""
@@ -195,7 +190,7 @@ class LabelledTask(Task):
     def _told(self, batch: LabelledBatch, withhold: Withhold, spare: int = 0) -> tuple[Tensor, Tensor]:
         """Words [B, L, K] and places [B, L, 3] of a batch of scenes, the last `spare` tokens of each of no thing."""
         numbers, more = batch.index.tolist(), absent(spare)
-        told = [encode(scene, withhold, self.seed, n) for scene, n in zip(_scenes(batch), numbers, strict=True)]
+        told = [encode(scene, withhold, self.seed, n) for scene, n in zip(batch.scenes, numbers, strict=True)]
         words, places = (
             torch.from_numpy(np.stack([np.concatenate([own, none]) for own in part])).to(self.ranks.device)
             for part, none in zip(zip(*told, strict=True), more, strict=True)
@@ -206,8 +201,3 @@ class LabelledTask(Task):
         """How many further tokens: the same for all rows of a step, on any number of ranks."""
         step = int(batch.index[0]) // self.batch_size
         return random_for(self.seed, "spare", step).randint(0, self.config.spare)
-
-
-def _scenes(batch: LabelledBatch) -> Sequence[dict[str, Any]]:
-    assert not isinstance(batch.labels, Tensor), "the world's labels are scenes"
-    return batch.labels

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sample.files import write_whole
+from model.files import write_whole
 from train import checkpoint
 from train.guard import Diverged
 from train.metrics import Metrics, MetricsConfig, Window
@@ -92,7 +92,8 @@ def fit(
                 log.event(step, "saved", path=str(path))
                 clock.restart()
             if last or (schedule.preview_every and step % schedule.preview_every == 0):
-                task.preview(folder / "previews", step)
+                if measured := task.preview(folder / "previews", step):
+                    log.event(step, "preview", **measured)
                 clock.restart()
             if stop and not last:
                 log.event(step, "stopped", signal=interrupted[0] if interrupted else "on another rank")

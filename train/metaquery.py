@@ -5,7 +5,6 @@ Letters: B batch, c h w latent channels, height, width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from train.engine import Engine
 from train.loss import squared_error
 from train.preview import PreviewConfig, draw_preview
 from train.ranks import Ranks
-from train.task import Task, engine_for, loader_for
+from train.task import LoaderTask, Task, engine_for, loader_for
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -49,7 +48,7 @@ class MetaQueryTaskConfig:
         if run.data.image_size != model.image_size:
             raise ValueError(f"data.image_size is {run.data.image_size}, the decoder draws {model.image_size}; give that")
         if self.init is not None:
-            start(model, self.init)
+            start_from(model, self.init)
         model.place(ranks.device)
         head = self._head(run)
         collate = TextToImageCollate(model.mllm.builder, run.data.image_size, run.data.dropout, run.seed)
@@ -68,7 +67,30 @@ class MetaQueryTaskConfig:
         return load_head(self.model.decoder.path)
 
 
-class MetaQueryTask(Task):
+class BridgeTask(Task):
+    """A task whose one engine trains a MetaQuery or a part of it: what it draws on the way, and its release."""
+
+    model: MetaQuery
+    engine: Engine
+    previews: PreviewConfig
+    ranks: Ranks
+
+    def preview(self, folder: Path, step: int) -> dict[str, float]:
+        """One sheet per call: previews/step-00000500.png."""
+        if self.previews.prompts:
+            with self.engine.averaged():
+                if self.ranks.first:
+                    draw_preview(self.model, self.previews, folder / f"step-{step:08d}.png")
+        return {}
+
+    def release(self, folder: Path) -> None:
+        """The averaged weights as a release folder."""
+        with self.engine.averaged():
+            if self.ranks.first:
+                save(folder, self.model)
+
+
+class MetaQueryTask(BridgeTask, LoaderTask):
     """Trains queries, connector and the configured part of the decoder; the MLLM and the VAE are only read."""
 
     def __init__(
@@ -84,11 +106,6 @@ class MetaQueryTask(Task):
         self.config, self.model, self.head, self.engine, self.loader = config, model, head, engine, loader
         self.previews, self.seed, self.ranks = config.preview, seed, ranks
         self.engines = {"main": engine}
-
-    def batches(self, samples: int) -> Iterator[T2IBatch]:
-        """This rank's share, on the CPU."""
-        self.loader.samples = samples
-        return iter(self.loader)
 
     def step(self, batch: T2IBatch) -> dict[str, Tensor]:
         """Mean over the batch of |prediction(x_t, t, prefix) - target|^2, and the alignment where it is asked for."""
@@ -112,26 +129,8 @@ class MetaQueryTask(Task):
         self.engine.step()
         return measured
 
-    def counts(self) -> dict[str, int]:
-        """Samples that could not be used and were replaced."""
-        return {"rejected": self.loader.rejects.total()}
 
-    def preview(self, folder: Path, step: int) -> None:
-        """One sheet per call: previews/step-00000500.png."""
-        if not self.previews.prompts:
-            return
-        with self.engine.averaged():
-            if self.ranks.first:
-                draw_preview(self.model, self.previews, folder / f"step-{step:08d}.png")
-
-    def release(self, folder: Path) -> None:
-        """The averaged weights as a release folder."""
-        with self.engine.averaged():
-            if self.ranks.first:
-                save(folder, self.model)
-
-
-def start(model: MetaQuery, release: Path, decoder: bool = True) -> None:
+def start_from(model: MetaQuery, release: Path, decoder: bool = True) -> None:
     """Take the tensors of a release over into a model of the same shape, in which more of the decoder may train; without
     `decoder`, those of queries and connector alone. Raises ValueError when they do not fit."""
     file = release / "model.safetensors"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.files import write_whole
 from model.metaquery import MetaQuery
-from sample.files import write_whole
 from sample.grid import Cell, Row, sheet
 from sample.pipeline import Pipeline
 

@@ -8,7 +8,6 @@ Letters: B batch, T visual tokens of a picture, K points of a token's cell.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from model.vision import batch_equal_pictures
 from train.dense import CLASSES, dense_loss, points_of
 from train.engine import Engine
 from train.ranks import Ranks
-from train.task import Task, engine_for, loader_for
+from train.task import LoaderTask, engine_for, loader_for
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -89,7 +88,7 @@ def places(rows: int, columns: int) -> Tensor:
     return torch.cartesian_prod(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns)).flip(-1)
 
 
-class SeeTask(Task):
+class SeeTask(LoaderTask):
     """Trains the vision tower of an MLLM on dense labels; the language model is left alone."""
 
     def __init__(
@@ -106,20 +105,15 @@ class SeeTask(Task):
         self.engine, self.loader, self.ranks = engine, loader, ranks
         self.engines = {"main": engine}
 
-    def batches(self, samples: int) -> Iterator[LabelledBatch]:
-        """This rank's share, on the CPU."""
-        self.loader.samples = samples
-        return iter(self.loader)
-
     def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
         """What lies at the points of every token's cell, and the squared error of where the token lies."""
         pictures = [to_pil(pixels) for pixels in batch.pixels]
-        seen = self.mllm.builder.image_processor(images=pictures, return_tensors="pt").to(self.ranks.device)
-        grids = seen["image_grid_thw"]  # [B, 3]
-        assert not isinstance(batch.labels, Tensor), "the world's labels are scenes"
-        side = int(grids[0, 1]) // self.tower.visual.spatial_merge_size  # tokens along a side of a picture
-        points = points_of(batch.labels, side, self.config.points)
-        logits, told = self.engine(seen["pixel_values"], grids)
+        seen = self.mllm.builder.image_processor(images=pictures, return_tensors="pt")
+        # tokens along a side of a picture, read before the grids [B, 3] move: from a GPU it would wait
+        side = int(seen["image_grid_thw"][0, 1]) // self.tower.visual.spatial_merge_size
+        points = points_of(batch.scenes, side, self.config.points)
+        seen = seen.to(self.ranks.device)
+        logits, told = self.engine(seen["pixel_values"], seen["image_grid_thw"])
         loss, accuracy = dense_loss(logits, *(part.to(self.ranks.device) for part in points))
         loss = loss + F.mse_loss(told, places(side, side).to(told).expand_as(told))
         self.engine.backward(loss)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
-
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from data.address import draw
 from data.batch import ChatBatch, ChatCollate, count_tokens
-from data.loader import Data, World
+from data.loader import Data, Positions, World
 from data.records import Conversation
 from data.world.conversations import Shares, conversation
 from model.prefix import DRAW_SYSTEM, Turn
 
-T = TypeVar("T", covariant=True)
 SYMBOLS = ((0x2600, 0x27BF), (0x1F300, 0x1FAFF))  # code points whose Unicode names the tokenizer learns to spell
 GREETING = ("You are a helpful assistant.", "Hello! What can you do? I look at pictures and answer questions.")
 
@@ -55,26 +49,6 @@ class GroupCollate:
         return sum(count_tokens(turn.text, self.chat.builder) + 6 + 18 * len(turn.images) for turn in record.turns)
 
 
-class Positions(Dataset[T]):
-    """Endless batches by the number of their first sample; set `samples` to go on from there, as with a Loader."""
-
-    def __init__(self, rows: range, workers: int) -> None:
-        self.samples = 0
-        self._rows, self._workers = rows, workers
-
-    def numbers(self, position: int) -> list[int]:
-        """This rank's sample numbers of the batch at `position`."""
-        return [position + row for row in self._rows]
-
-    def __iter__(self) -> Iterator[T]:
-        """Batches from `samples` on, prepared by the config's workers."""
-        positions = itertools.count(self.samples, self._rows.stop)
-        generator = torch.Generator().manual_seed(0)  # DataLoader would draw from the global stream otherwise
-        yield from DataLoader(
-            self, batch_size=None, sampler=positions, num_workers=self._workers, collate_fn=_unchanged, generator=generator
-        )
-
-
 class Talk(Positions[list[ChatBatch]]):
     """Groups of batches of generated conversations in given shares."""
 
@@ -104,7 +78,3 @@ def only_world(data: Data, otherwise: str) -> World:
     if len(data.sources) != 1 or not isinstance(data.sources[0], World):
         raise ValueError(otherwise)
     return data.sources[0]
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

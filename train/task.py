@@ -42,19 +42,28 @@ class Task(Protocol):
         """What this rank has counted since it started, summed over ranks in each log line; same keys on all ranks."""
         return {}
 
-    def preview(self, folder: Path, step: int) -> None:
-        """Draw or answer fixed examples with the averaged weights. Called on every rank; only rank 0 writes."""
+    def preview(self, folder: Path, step: int) -> dict[str, float]:
+        """Draw or answer fixed examples with the averaged weights; returns what rank 0 measured, for the log. Called on
+        every rank; only rank 0 writes."""
+        return {}
 
     def release(self, folder: Path) -> None:
         """Write what users load, with the averaged weights. Called on every rank; only rank 0 writes."""
 
 
-class Builds(Protocol):
-    """A task's config: knows how to become the task."""
+class LoaderTask(Task):
+    """A task that reads a Loader's batches as they come."""
 
-    def build(self, run: Run, ranks: Ranks) -> Task:
-        """Assemble the modules in data-flow order; raises ValueError naming the field when the settings cannot work."""
-        ...
+    loader: Loader
+
+    def batches(self, samples: int) -> Iterator[Any]:
+        """This rank's share, on the CPU."""
+        self.loader.samples = samples
+        return iter(self.loader)
+
+    def counts(self) -> dict[str, int]:
+        """Samples that could not be used and were replaced."""
+        return {"rejected": self.loader.rejects.total()}
 
 
 def engine_for(module: nn.Module, run: Run, ranks: Ranks) -> Engine:

@@ -18,21 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from data.dropout import Dropout, drop
-from data.loader import World
+from data.loader import Positions, World
 from data.world.captions import describe
 from data.world.labels import OBJECTS, absent, encode_caption, nothing
 from data.world.scene import make_scene, random_for
 from model.labels import Labels
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 from model.prefix import Prefix, PrefixBuilder
-from model.store import save
 from train.engine import Engine, micro_batch_size
 from train.labelled import load_labels
-from train.metaquery import start
-from train.preview import PreviewConfig, draw_preview
+from train.metaquery import BridgeTask, start_from
+from train.preview import PreviewConfig
 from train.ranks import Ranks
-from train.talk import Positions, only_world
-from train.task import Task, engine_for
+from train.talk import only_world
+from train.task import engine_for
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -55,11 +54,13 @@ class TellTaskConfig:
         """Load the frozen parts and the labels of the decoder, and hand queries and connector to an engine."""
         if self.model.queries < TOLD:
             raise ValueError(f"task.model.queries is {self.model.queries}; a scene is told in {TOLD} tokens, give as many")
+        if run.data.task != "t2i":
+            raise ValueError(f"data.task is {run.data.task}; a bridge is told captions, give t2i")
         others = "data.sources: captions of the generated world are told, and nothing else; give one world"
         world = only_world(run.data, others)
         model = build(replace(self.model, trainable=()))
         if self.init is not None:
-            start(model, self.init, decoder=False)
+            start_from(model, self.init, decoder=False)
         model.place(ranks.device)
         labels = load_labels(self.model.decoder.path, model.decoder.condition_width).to(ranks.device)
         size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
@@ -109,14 +110,15 @@ class Teller(nn.Module):
         return self.model.condition(prefix)
 
 
-class TellTask(Task):
-    """Regresses the bridge's conditioning on the label tokens of what each caption says."""
+class TellTask(BridgeTask):
+    """Regresses the bridge's conditioning on the label tokens of what each caption says; the release holds queries and
+    connector."""
 
     def __init__(
         self, config: TellTaskConfig, model: MetaQuery, labels: Labels, engine: Engine, captions: Captions, ranks: Ranks
     ) -> None:
         self.config, self.model, self.labels, self.engine = config, model, labels, engine
-        self.captions, self.ranks = captions, ranks
+        self.captions, self.previews, self.ranks = captions, config.preview, ranks
         words, places = (torch.from_numpy(part) for part in absent(config.model.queries - TOLD))
         with torch.no_grad():
             self.spare = labels(words[None].to(ranks.device), places[None].to(ranks.device))  # [1, Q - TOLD, C]
@@ -140,17 +142,3 @@ class TellTask(Task):
         self.engine.backward(objective)
         self.engine.step()
         return {"loss": loss.detach()}
-
-    def preview(self, folder: Path, step: int) -> None:
-        """One sheet per call: previews/step-00000500.png."""
-        if not self.config.preview.prompts:
-            return
-        with self.engine.averaged():
-            if self.ranks.first:
-                draw_preview(self.model, self.config.preview, folder / f"step-{step:08d}.png")
-
-    def release(self, folder: Path) -> None:
-        """The averaged queries and connector as a release folder."""
-        with self.engine.averaged():
-            if self.ranks.first:
-                save(folder, self.model)

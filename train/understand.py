@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +28,7 @@ from model.files import dump_config
 from model.mllm import MLLMConfig, load
 from model.prefix import IGNORED, Prefix
 from model.qwen import Qwen2_5_VL, arguments
+from model.trainable import choose_trainable
 from model.vision import batch_equal_pictures
 from sample.measures import show, write_json
 from sample.world_answers import exams, understanding
@@ -143,14 +143,14 @@ class Speaker(nn.Module):
         """The model as transformers knows it, over the same parameters."""
         return self._whole[0]
 
-    def forward(self, prefix: Prefix, said: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Prefix and which of its tokens are answers [B, P] bool -> logits [N, V] of those, row by row; and the squared
-        error [] of the visual tokens' places, where it tells them."""
+    def forward(self, prefix: Prefix, before: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Prefix and the places [N] before its answer tokens (`answers_of`) -> logits [N, V] of what follows there; and the
+        squared error [] of the visual tokens' places, where it tells them."""
         self._seen.clear()
         states = self.model(**arguments(prefix), use_cache=False).last_hidden_state  # [B, P, D]
         if prefix.pixels is None:  # every rank uses the same parameters, or ZeRO's collectives would not meet
             states = states + 0 * self._see_nothing(states.device)
-        states = states[:, :-1][said[:, 1:]]  # [N, D]; a token is predicted from the one before it
+        states = states[:, :-1].flatten(0, 1)[before]  # [N, D]; a token is predicted from the one before it
         off = None
         if self.place is not None:
             told = self.place(through_noise(torch.cat(self._seen))).float()  # [visual tokens, 2]
@@ -187,6 +187,15 @@ class Speaker(nn.Module):
         return moved
 
 
+def answers_of(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets [B, P] -> of the B (P - 1) places that a token follows, those before an answer token [N], and that token [N].
+
+    Call it where the targets lie on the CPU: counting on a GPU waits for it."""
+    following = targets[:, 1:].flatten()
+    before = (following != IGNORED).nonzero()[:, 0]
+    return before, following[before]
+
+
 class UnderstandTask(Task):
     """Trains an MLLM to say what the assistant says in its conversations."""
 
@@ -207,12 +216,10 @@ class UnderstandTask(Task):
 
     def step(self, batch: ChatBatch) -> dict[str, Tensor]:
         """Mean over the answer tokens of all ranks of -log p(token | what comes before it)."""
-        batch = batch.to(self.ranks.device)
-        said = batch.targets != IGNORED  # [B, P]
-        wanted = batch.targets[:, 1:][said[:, 1:]]  # [N]
+        before, wanted = (part.to(self.ranks.device) for part in answers_of(batch.targets))  # [N] each
         # Each rank's mean would weigh a token by how few its rank has; the engine divides by `world`.
         weight = self.ranks.world / self.ranks.sum(torch.tensor(float(len(wanted)), device=wanted.device)).clamp(min=1)
-        logits, off = self.engine(batch.prefix, said)  # [N, V], []
+        logits, off = self.engine(batch.prefix.to(self.ranks.device), before)  # [N, V], []
         loss = F.cross_entropy(logits.float(), wanted, reduction="sum") * weight
         measured = {"loss": loss.detach(), "token_accuracy": (logits.argmax(-1) == wanted).sum() * weight}
         objective = loss
@@ -223,22 +230,20 @@ class UnderstandTask(Task):
         self.engine.step()
         return measured
 
-    def preview(self, folder: Path, step: int) -> None:
-        """Ask what a release of this moment would be asked: previews/step-00000500.json, and a line of metrics.jsonl."""
+    def preview(self, folder: Path, step: int) -> dict[str, float]:
+        """Ask what a release of this moment would be asked: previews/step-00000500.json, and the shares of right answers."""
         if not self.config.exam_pictures:
-            return
+            return {}
         with TemporaryDirectory() as draft:
             self.release(Path(draft) / "release")
             if not self.ranks.first:
-                return
+                return {}
             mllm = load(MLLMConfig(f"{draft}/release", dtype="bfloat16")).to(self.ranks.device)
         asked = exams(self.run.seed, "val", self.config.exam_pictures, self.run.data.image_size)
         measures = understanding(mllm, asked)
         write_json(folder / f"step-{step:08d}.json", measures)
-        line = {"step": step, "event": "understanding"} | {name: round(m.value, 4) for name, m in measures.items()}
-        with (self.run.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
         show(f"step {step}", measures)
+        return {name: round(measure.value, 4) for name, measure in measures.items()}
 
     def release(self, folder: Path) -> None:
         """The averaged weights as a folder in the hub's layout."""
@@ -246,13 +251,3 @@ class UnderstandTask(Task):
             if self.ranks.first:
                 assert isinstance(speaker, Speaker)
                 save(folder, speaker.whole, self.source)
-
-
-def choose_trainable(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Let exactly the parameters train whose name matches a pattern. Raises ValueError for a pattern that matches none."""
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"task.trainable {pattern!r} matches no parameter; there are {', '.join(names[::40])}, ...")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))

@@ -6,7 +6,6 @@ python -m data.world preview --task edit --out edits.png
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from data.world.check import KINDS, Tally, check, tally
 from data.world.items import Maker, in_order, png
 from data.world.preview import preview
 from data.world.reader import LEAST_SIZE
+from model.files import write_whole
 
 DESCRIPTION = "The generated world as files: shards to train on, a check of the pixel reader, and a picture to look at."
 Split = Literal["train", "val", "pairs", "counts"]
@@ -91,7 +91,7 @@ class Check:
         Console().print(table)
         if self.json is not None:
             measures = {name: value for t in tallies.values() for name, value in t.measures().items()}
-            _write(self.json, (json.dumps(measures, indent=2) + "\n").encode())
+            write_whole(self.json, lambda path: path.write_text(json.dumps(measures, indent=2) + "\n"))
         return 0 if tallies["clean"].right == tallies["clean"].pictures else 1
 
 
@@ -113,7 +113,8 @@ class Preview:
     def run(self) -> int:
         """Draw the page and write it."""
         _at_least(1, n=self.n, size=self.size, columns=self.columns)
-        _write(self.out, png(preview(self.seed, self.split, self.task, self.n, self.size, self.columns)))
+        page = png(preview(self.seed, self.split, self.task, self.n, self.size, self.columns))
+        write_whole(self.out, lambda path: path.write_bytes(page))
         print(self.out)
         return 0
 
@@ -126,17 +127,6 @@ def _at_least(least: int, **given: int) -> None:
 
 def _percent(count: int, tally: Tally) -> str:
     return f"{100 * count / tally.pictures:.2f} %"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """A file that is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_bytes(data)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

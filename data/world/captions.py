@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import permutations
 
-from data.world.scene import BACKGROUNDS, OPPOSITE, Object, Scene, relation
+from data.world.scene import Object, Scene, relation
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 PLURALS = {"cross": "crosses", "shape": "shapes"}
@@ -122,11 +122,6 @@ def holds(caption: Caption, scene: Scene) -> bool:
 def listing(parts: list[str]) -> str:
     """["a", "b", "c"] -> "a, b and c"."""
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-
-def every_word() -> set[str]:
-    """The closed-class words of captions, for the tokenizer's training text."""
-    return {*NUMBERS, *BACKGROUNDS, *OPPOSITE, "background", "shape", "shapes"}
 
 
 def _link_holds(link: tuple[int, str, int] | None, slots: list[int], things: tuple[Object, ...]) -> bool:

@@ -9,6 +9,7 @@ from itertools import combinations
 
 import numpy as np
 
+from data.interval import wilson
 from data.world.reader import Reading, read
 from data.world.render import render, signed_distance
 from data.world.scene import BACKGROUNDS, COLOURS, SHAPES, SIZES, SPLITS, Scene, make_scene
@@ -63,11 +64,9 @@ def tally(results: Iterable[tuple[str, bool, bool, float]]) -> dict[str, Tally]:
 
 
 def share(successes: int, n: int) -> dict[str, float | str | None]:
-    """A share with Wilson's 95 % interval (1927, eq. 7)."""
-    z, p = 1.959964, successes / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (bound / (1 + z * z / n) for bound in (centre - half, centre + half))
-    return {"value": p, "low": min(p, max(0.0, low)), "high": max(p, min(1.0, high)), "n": n, "unit": "share"}
+    """A share with its 95 % interval."""
+    low, high = wilson(successes, n)
+    return {"value": successes / n, "low": low, "high": high, "n": n, "unit": "share"}
 
 
 def agrees(reading: Reading, scene: Scene) -> bool:
