@@ -7,6 +7,7 @@ any number of ranks and workers, and a resumed run neither repeats nor loses a s
 
 import itertools
 import logging
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -83,7 +84,13 @@ class Positions(Dataset[T]):
         positions = itertools.count(self.samples, self.rows.stop)
         generator = torch.Generator().manual_seed(0)  # DataLoader would draw from the global stream otherwise
         yield from DataLoader(
-            self, batch_size=None, sampler=positions, num_workers=self._workers, collate_fn=_unchanged, generator=generator
+            self,
+            batch_size=None,
+            sampler=positions,
+            num_workers=self._workers,
+            collate_fn=_unchanged,
+            generator=generator,
+            worker_init_fn=_outlive_sigterm,
         )
 
 
@@ -173,3 +180,8 @@ class Loader:
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Launchers send SIGTERM to the whole process group; the training saves then, and its workers leave with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

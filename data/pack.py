@@ -34,6 +34,7 @@ class Item:
     image: bytes | None = None
     sources: tuple[bytes, ...] = ()  # source images of an edit, or the images of a conversation
     described: dict[str, Any] = field(default_factory=dict)  # further fields of the json member
+    mask: bytes | None = None  # of an edit: white where it changes the picture
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def members(item: Item, key: str) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     for number, data in enumerate(item.sources):
         files[f"source{number}.{_inspect(data)['kind']}"] = data
+    if item.mask is not None:
+        files[f"mask.{_inspect(item.mask)['kind']}"] = item.mask
     if item.image is not None:
         facts = _inspect(item.image)
         files[facts.pop("kind")] = item.image

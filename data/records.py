@@ -1,8 +1,8 @@
 """Raw samples -> typed records, one dataclass per task.
 
 A raw sample is what a source gives for one number: {"key": str, "image": PIL.Image | None, "txt": str, "json": dict}
-and, where a sample has further images, "sources": tuple of PIL images in order. What cannot become a record raises
-BadSample; the loader counts it by reason and takes another sample in its place.
+and, where a sample has further images, "sources": tuple of PIL images in order, and of an edit "mask": PIL image.
+What cannot become a record raises BadSample; the loader counts it by reason and takes another sample in its place.
 """
 
 from collections.abc import Sequence
@@ -58,6 +58,7 @@ class Edit:
     sources: tuple[Image.Image, ...]
     instruction: str
     image: Image.Image
+    mask: Image.Image | None = None  # grey: white where the edit changes the picture, where its source knows
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def to_record(task: Task, raw: dict[str, Any]) -> Record:
         sources = (_image(raw),)  # reconstruction: the picture is its own source
     if not sources:
         raise BadSample("no source image")
-    return Edit(key, sources, "" if task == "i2i" else _caption(raw), _image(raw))
+    return Edit(key, sources, "" if task == "i2i" else _caption(raw), _image(raw), raw.get("mask"))
 
 
 def parse_messages(messages: Sequence[Any], images: Sequence[Image.Image]) -> tuple[Turn, ...]:

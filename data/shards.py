@@ -93,7 +93,7 @@ def decode_members(key: str, members: dict[str, bytes]) -> dict[str, Any]:
     if not isinstance(described, dict):
         raise BadSample("a json member is not an object")
     image = next((images[extension] for extension in IMAGES if extension in images), None)
-    return {"key": key, "image": image, "txt": text, "json": described, "sources": _sources(images)}
+    return {"key": key, "image": image, "txt": text, "json": described, "sources": _sources(images), "mask": _mask(images)}
 
 
 def _sources(images: dict[str, Image.Image]) -> tuple[Image.Image, ...]:
@@ -103,6 +103,12 @@ def _sources(images: dict[str, Image.Image]) -> tuple[Image.Image, ...]:
         if match := re.fullmatch(r"source(\d+)\.\w+", name):
             numbered[int(match[1])] = image
     return tuple(numbered[number] for number in sorted(numbered))
+
+
+def _mask(images: dict[str, Image.Image]) -> Image.Image | None:
+    """The image of member KEY.mask.EXT, grey, where there is one."""
+    found = next((image for name, image in images.items() if name.startswith("mask.")), None)
+    return found and found.convert("L")
 
 
 def expand(urls: str) -> list[str]:

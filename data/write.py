@@ -94,7 +94,7 @@ class Jsonl:
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.file} line {number} is not JSON ({error}); give one object a line") from error
         if not isinstance(fields, dict):
             raise ValueError(f"{self.file} line {number} is not a JSON object; give one object a line")

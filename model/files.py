@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,13 +107,21 @@ def parse_config(kind: type[T], raw: Any, path: Path) -> T:
     return config
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" when something known is close, else nothing."""
+    close = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def _unknown(raw: Any, known: Any) -> str | None:
-    """The dotted name of the first key of `raw` that `known` lacks."""
+    """The dotted name of the first key of `raw` that `known` lacks, and what it may have meant."""
+    if isinstance(raw, list) and isinstance(known, list):
+        raw, known = ({str(place): value for place, value in enumerate(values)} for values in (raw, known))
     if not isinstance(raw, dict) or not isinstance(known, dict):
         return None
     for key, value in raw.items():
         if key not in known:
-            return key
+            return key + did_you_mean(key, known)
         if below := _unknown(value, known[key]):
             return f"{key}.{below}"
     return None

@@ -60,6 +60,7 @@ class FrozenMLLM(Protocol):
     config: MLLMConfig
     builder: PrefixBuilder
     width: int  # D
+    context: int  # the longest sequence that it was made for, in tokens
     embedding_std: float  # of its token embeddings; queries start like them
     prefills: int  # how often a prefix was read, for tests and reports
 

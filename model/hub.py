@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from model.assets import locate
@@ -18,7 +19,7 @@ def from_pretrained(kind: Any, config: MLLMConfig, **options: Any) -> Any:
         if folder is not None:
             return kind.from_pretrained(folder, local_files_only=True, **options)
         return kind.from_pretrained(config.path, revision=config.revision, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"mllm.path {config.path!r} cannot be loaded ({str(error).splitlines()[0]}); "
             "name a model folder, or a hub id that is reachable or in the cache, or run make assets"

@@ -118,6 +118,8 @@ def build(config: MetaQueryConfig, mllm: FrozenMLLM | None = None, vae: LatentVA
             f"the decoder draws latents of {decoder.latent_shape[0]} channels and vae.path "
             f"{config.vae.path!r} has {vae.latent_channels}; choose a pair that was trained together"
         )
+    if config.queries < 1:
+        raise ValueError(f"queries is {config.queries}; give 1 or more")
     if config.queries > decoder.condition_tokens:
         raise ValueError(
             f"queries is {config.queries} and the decoder takes {decoder.condition_tokens} conditioning tokens; "

@@ -33,6 +33,7 @@ class Qwen2_5_VL:
         self.prefills = 0
         embeddings = self.model.get_input_embeddings().weight  # [V, D]
         self.width: int = embeddings.shape[1]
+        self.context: int = self.model.config.text_config.max_position_embeddings
         self.embedding_std = float(embeddings[: 1 << 14].float().std())
         self._ends = _end_ids(self.model.generation_config.eos_token_id, builder.tokenizer.eos_token_id)
 
@@ -215,7 +216,8 @@ def _steps(known: Prefilled, count: int) -> Tensor:
 def _pick(scores: Tensor, temperature: float, random: torch.Generator) -> Tensor:
     if temperature <= 0:
         return scores.argmax(dim=-1)
-    return torch.multinomial((scores / temperature).softmax(dim=-1), 1, generator=random)[:, 0]
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature  # less the maximum: small temperatures overflow
+    return torch.multinomial(scores.softmax(dim=-1), 1, generator=random)[:, 0]
 
 
 def _end_ids(*ids: int | list[int] | None) -> frozenset[int]:

@@ -57,11 +57,14 @@ def load(folder: Path) -> MetaQuery:
         raise ValueError(f"{path}: version {raw.get('version')} is unknown, this code reads {VERSION}; update the code")
     if unknown := sorted(raw.keys() - {"format", "version", "model", "frozen"}):
         raise ValueError(f"{path}: unknown key {unknown[0]}; remove it, or update the code to a version that knows it")
+    frozen = raw.get("frozen", {})
+    if not isinstance(frozen, dict) or not all(isinstance(facts, dict) for facts in frozen.values()):
+        raise ValueError(f"{path}: frozen is no JSON object of objects; restore the file that training wrote")
     tensors = read_tensors(folder / "model.safetensors")
     model = build(parse_config(MetaQueryConfig, raw.get("model"), path))
     match(tensors, model.own_tensors(), folder / "model.safetensors")
     model.load_state_dict(tensors, strict=False)  # the names are checked; the rest came with the decoder
-    _verify(raw.get("frozen", {}), _frozen(model), path)
+    _verify(frozen, _frozen(model), path)
     return model.eval()
 
 

@@ -4,9 +4,11 @@ With a release the dialogue also draws: `/draw a red circle` shows what the brid
 conversation, so that the next question can be about it.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -62,6 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("give either --release or --model, whose MLLM is to answer")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} is too small; give at least 1")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature} is impossible; give 0 (the likeliest token) or a bit more")
     # heavy imports wait until the arguments are right, so that --help stays instant
     from sample.pictures import open_picture
 
@@ -107,6 +111,12 @@ class Chat:
 
         asked = [*self.turns, Turn("user", question, tuple(self.pictures))]
         prefix = self.mllm.builder([asked]).to(self.mllm.device)
+        length = prefix.ids.shape[1]
+        if length + self.args.max_new_tokens > self.mllm.context:
+            raise ValueError(
+                f"the conversation has {length} tokens, the answer may have {self.args.max_new_tokens} "
+                f"and the model reads {self.mllm.context}; shorten the question, or /reset the conversation"
+            )
         return self.mllm.reply(prefix, self.args.max_new_tokens, self.args.temperature, self.args.seed)
 
     def talk(self) -> None:
@@ -124,6 +134,8 @@ class Chat:
                 self.obey(line)
             except (ValueError, OSError) as error:
                 print(f"error: {sentence(error)}", file=sys.stderr)
+            except KeyboardInterrupt:
+                print("\n(stopped; /quit leaves)")
 
     def obey(self, line: str) -> None:
         """One line of a dialogue: a command or a question."""
@@ -133,7 +145,7 @@ class Chat:
         if not line:
             return
         if command == "/image":
-            self.pictures.append(open_picture(Path(rest.strip())))
+            self.pictures.append(open_picture(Path(rest.strip().strip("\"'")).expanduser()))
         elif command == "/draw":
             self.draw(rest.strip())
         elif command == "/reset":
@@ -154,7 +166,7 @@ class Chat:
             raise ValueError("/draw needs a bridge; start with --release instead of --model")
         seed = self.args.seed + self.drawn
         picture = self.pipeline([prompt], [seed])[0]
-        path = self.args.out / f"drawn-{self.drawn:03d}.png"
+        path = next(p for n in count(self.drawn) if not (p := self.args.out / f"drawn-{n:03d}.png").exists())
         save(path, picture, {"prompt": prompt, "seed": seed, "release": self.pipeline.fingerprint})
         self.drawn += 1
         self.pictures.append(picture)

@@ -20,6 +20,8 @@ from sample.settings import Drawing
 if TYPE_CHECKING:
     from PIL import Image
 
+MAX_SEED = 2**63 - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv)
     jobs = plan(args)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= rank < world_size:
+        raise ValueError(f"environment: RANK is {rank} and WORLD_SIZE {world_size}; launch with torchrun, or unset RANK")
     if args.grid and world_size > 1:
         raise ValueError("--grid needs all pictures in one process; run without torchrun, or leave it out")
     draw(args, jobs[rank::world_size])
@@ -82,6 +86,8 @@ def plan(args: Args) -> list[Job]:
         if value < 1:
             raise ValueError(f"--{name} {value} is too small; give at least 1")
     each = [prompt for prompt in prompts for _ in range(args.n)]
+    if not 0 <= args.seed <= MAX_SEED - len(each):
+        raise ValueError(f"--seed {args.seed} cannot be counted up from; give 0 to {MAX_SEED - len(each)}")
     return [Job(number, prompt, args.seed + number) for number, prompt in enumerate(each)]
 
 

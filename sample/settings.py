@@ -1,5 +1,6 @@
 """How a picture is drawn, as values: what generate and evaluate share."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -24,6 +25,9 @@ class Guidance:
     """In [0, 1]: how far to pull the contrast that guidance adds back (Lin et al. 2023, eq. 14 to 16)."""
 
     def __post_init__(self) -> None:
+        for name, scale in (("guidance", self.text), ("image-guidance", self.image)):
+            if not math.isfinite(scale):
+                raise ValueError(f"{name}: {scale} is no strength; give a number")
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(f"guidance: start {self.start} and end {self.end} must be ordered within [0, 1]")
         if not 0 <= self.rescale <= 1:

@@ -66,13 +66,35 @@ def test_a_drawn_picture_joins_the_conversation(folder, mllm, monkeypatch, capsy
     assert capsys.readouterr().out == f"{drawn}\n{answer}\n"
 
 
+def test_pictures_of_an_earlier_dialogue_stay(folder, monkeypatch, tmp_path):
+    arguments = ["--release", str(folder / "release"), "--out", str(tmp_path)]
+    for prompt in ("a star", "a red circle"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"/draw {prompt}\n"))
+        assert run(chat.main, arguments) == 0
+    texts = [PngImageFile(path).text["prompt"] for path in sorted(tmp_path.iterdir())]
+    assert texts == ["a star", "a red circle"]
+
+
+def test_stopping_an_answer_does_not_end_the_dialogue(folder, mllm, monkeypatch, capsys):
+    class Stopped(chat.Chat):
+        def say(self, question):
+            if question == "stop":
+                raise KeyboardInterrupt
+            super().say(question)
+
+    monkeypatch.setattr(chat, "Chat", Stopped)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("stop\nis there a star ?\n"))
+    assert run(chat.main, ["--model", str(folder / "mllm"), "--dtype", "float32", "--max-new-tokens", "12"]) == 0
+    assert reply(mllm, Turn("user", "is there a star ?")) in capsys.readouterr().out
+
+
 def test_a_mistake_in_a_dialogue_does_not_end_it(folder, mllm, monkeypatch, capsys, tmp_path):
     said = [
         "/image absent.png",
         "/draw a star",
         "/nonsense",
         "star " * 300,
-        f"/image {folder / 'x.png'}",
+        f"/image '{folder / 'x.png'}'",
         "is there a star ?",
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(said) + "\n"))
@@ -101,6 +123,8 @@ def test_mistakes_on_the_command_line_exit_with_two(folder, tmp_path, capsys):
         "broken.jpg: an image cannot be decoded": [*mllm, "--image", tmp_path / "broken.jpg", "hello"],
         "limit is 256": [*mllm, "star " * 300],
         "--max-new-tokens 0": [*mllm, "--max-new-tokens", "0", "hello"],
+        "--temperature nan": [*mllm, "--temperature", "nan", "hello"],
+        "/reset the conversation": [*mllm, "--max-new-tokens", "1000000", "hello"],
     }
     for words, arguments in cases.items():
         assert run(chat.main, list(map(str, arguments))) == 2

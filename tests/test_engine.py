@@ -144,6 +144,7 @@ def test_batch_that_does_not_divide_is_refused():
         ({"zero_optimization": {"stage": 3}}, "zero_optimization: stage is 3 there and 1 in the run"),
         ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5 there and 1.0 in the run"),
         ({"optimizer": {"type": "Adam"}}, "optimizer is not read"),
+        ([], "is no JSON object"),
     ],
 )
 def test_contradicting_deepspeed_json_is_refused(tmp_path, theirs, message):

@@ -94,14 +94,19 @@ def test_mistakes_are_told_in_one_sentence_and_write_nothing(release, tmp_path, 
         "broken.png: an image cannot be decoded": [release, "a star", "--image", tmp_path / "broken.png"],
         "is of type GIF": [release, "a star", "--image", tmp_path / "moving.gif"],
         "--n 0 is too small": [release, "a star", "--n", "0"],
+        "cannot be counted up from": [release, "a star", "a circle", "--seed", str(2**63 - 2)],
+        "is not Unicode": [release, "caf\udce9"],
     }
     for words, (folder, *arguments) in cases.items():
         assert words in refusal(capsys, folder, out, *map(str, arguments))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in refusal(capsys, release, out, "a star", "--grid")
+    monkeypatch.setenv("RANK", "2")
+    assert "RANK is 2 and WORLD_SIZE 2" in refusal(capsys, release, out, "a star")
     for setting in (
         ["--guidance-start", "0.9", "--guidance-end", "0.1"],
         ["--steps", "0"],
+        ["--guidance", "nan"],
         ["--solver", "ddim"],
     ):
         with pytest.raises(SystemExit, match="2"):

@@ -1,6 +1,9 @@
 """The global batches are the same for any ranks, workers and interruptions; bad samples are replaced and counted."""
 
 import io
+import multiprocessing
+import os
+import signal
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -84,6 +87,16 @@ def test_workers_change_nothing(data, straight):
     with_workers = replace(data, workers=2)
     assert global_batches(with_workers, steps=6) == straight[:6]
     assert global_batches(with_workers, steps=4, world_size=2, start=3 * GLOBAL_BATCH) == straight[3:7]
+
+
+def test_workers_outlive_the_sigterm_that_a_launcher_sends_to_all(data, straight):
+    batches = iter(Loader(replace(data, workers=2), Names(), GLOBAL_BATCH))
+    seen = [next(batches)]
+    for worker in multiprocessing.active_children():
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGTERM)
+    seen += islice(batches, len(straight) - 1)
+    assert seen == straight
 
 
 def test_position_counts_what_was_handed_out_not_what_workers_prepared(data):

@@ -97,6 +97,19 @@ def test_sigterm_saves_and_the_same_command_goes_on(straight, tmp_path, capsys):
     assert state(tmp_path) == state(straight)
 
 
+def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(straight, tmp_path):
+    """What is trained from there on is the newest, whatever its number."""
+    train(tmp_path, keep=3)
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert len(saved) == 3
+    assert train(tmp_path, resume=str(tmp_path / "checkpoints" / saved[0]), steps=STEPS - 1, save_every=1)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert kept[-1] == f"step-{STEPS - 1:08d}"
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / "set-aside").iterdir()) == saved[1:]
+    assert train(tmp_path)  # goes on from the new branch, and ends as the straight run did
+    assert state(tmp_path) == state(straight)
+
+
 def test_finished_run_only_writes_its_release(straight, tmp_path):
     train(tmp_path)
     saved = state(tmp_path)

@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, DynamicCache
@@ -191,6 +194,14 @@ def test_what_cannot_be_loaded_says_so(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match="is a gpt2; supported are qwen2_5_vl"):
         mllm.load(MLLMConfig(str(tmp_path)))
+
+
+def test_damaged_weights_are_refused_in_a_sentence(folder, tmp_path):
+    broken = Path(shutil.copytree(folder, tmp_path / "mllm"))
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        mllm.load(MLLMConfig(str(broken)))
 
 
 def test_the_library_cache_still_grows_by_concatenation():

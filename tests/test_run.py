@@ -78,7 +78,12 @@ def test_run_json_reads_back_and_is_strict(straight, parts, tmp_path):
     content["optim"]["lrr"] = 1.0
     wrong = tmp_path / "run.json"
     wrong.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"unknown key optim\.lrr"):
+    with pytest.raises(ValueError, match=r"unknown key optim\.lrr; did you mean lr\?"):
+        run.parse([str(wrong)])
+    content = json.loads(path.read_text())
+    content["data"]["sources"][0]["sead"] = 3
+    wrong.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"unknown key data\.sources\.0\.sead; did you mean seed\?"):
         run.parse([str(wrong)])
 
 
@@ -101,6 +106,8 @@ def test_the_loss_falls(straight):
         (["--data.image-size", "32"], "data.image_size is 32, the decoder draws 16"),
         (["--task.model.mllm.path", "/nowhere"], "/nowhere"),
         (["--task.model.trainable", "nothing.*"], "'nothing.*' matches no decoder parameter"),
+        (["--task.model.queries", "0"], "queries is 0"),
+        (["--metrics.wandb", "p"], "pip install wandb"),
         (["--data.task", "chat"], "data.task is chat"),
         (["--resume", "must"], "resume is must"),
     ],

@@ -118,6 +118,7 @@ def test_others_may_read_it_as_the_umask_says(model, tmp_path):
         (lambda raw: raw["model"]["connector"].update(layers=0), "unknown tensors"),
         (lambda raw: raw["model"].update(queries=5), "of shape"),
         (lambda raw: raw["frozen"]["mllm"].update(sha256="0"), "the mllm at .* is not the one"),
+        (lambda raw: raw.update(frozen=[]), "frozen is no JSON object"),
         (lambda raw: raw["model"]["vae"].update(path="gone"), "vae.path 'gone'"),
     ],
 )

@@ -168,7 +168,7 @@ def test_the_tower_learns_where_its_tokens_lie_only_when_asked(folder, tmp_path)
     assert nowhere.item() == 0
     wide = mllm.builder([[Turn("user", "What is this?", (Image.new("RGB", (64, 32)),))]])
     assert wide.grids is not None
-    _, off = speaker(wide, wide.mask)
+    _, off = speaker(wide, torch.arange(wide.ids.shape[1] - 1))
     rows, columns = (int(n) // 2 for n in wide.grids[0, 1:])
     assert rows < columns
     assert (wide.ids == mllm.builder.image_id).sum() == rows * columns

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 from webdataset.compat import WebDataset
 
-from data.records import to_record
+from data.records import Edit, to_record
 from data.shards import ShardSource
 from data.source import WorldSource
 from data.world.__main__ import main
-from data.world.edits import make_edit
+from data.world.edits import make_edit, mask
 from data.world.render import render
 from data.world.scene import Scene
 
@@ -51,7 +51,11 @@ def test_shards_hold_what_the_source_makes_on_the_fly(task, tmp_path):
             assert read["image"] is None
         else:
             assert (np.asarray(read["image"]) == np.asarray(made["image"])).all()
-        to_record(task, read)
+        record = to_record(task, read)
+        if task == "edit":
+            assert isinstance(record, Edit)
+            assert record.mask is not None
+            assert (np.asarray(record.mask) == np.asarray(made["mask"])).all()
 
 
 def test_webdataset_reads_edits(tmp_path):
@@ -66,6 +70,8 @@ def test_webdataset_reads_edits(tmp_path):
         assert Scene.from_json(described["scene"]) == edit.after
         for extension, scene in (("source0.png", edit.before), ("png", edit.after)):
             assert (np.asarray(Image.open(io.BytesIO(sample[extension]))) == render(scene, 48)).all()
+        changed = np.asarray(Image.open(io.BytesIO(sample["mask.png"])))
+        assert ((changed > 0) == mask(edit.before, edit.after, 48)).all()
 
 
 def test_check_writes_its_measures(tmp_path, capsys):

@@ -90,6 +90,21 @@ def save(
     return final
 
 
+def set_aside(root: Path, step: int, ranks: Ranks) -> None:
+    """Move checkpoints later than `step` to `root/set-aside`: they belong to steps that are now taken another way, and would
+    pass for the newest. Every rank calls it."""
+
+    def move() -> None:
+        for later in _steps(root):
+            if later.name > f"step-{step:08d}":
+                target = root / "set-aside" / later.name
+                target.parent.mkdir(exist_ok=True)
+                shutil.rmtree(target, ignore_errors=True)
+                later.rename(target)
+
+    _on_first(ranks, move)
+
+
 def find(root: Path, resume: str, ranks: Ranks, warn: Callable[[str], None] = print) -> Path | None:
     """The checkpoint to go on from, the same on every rank; None for a fresh run.
 

@@ -105,6 +105,8 @@ def deepspeed_config(config: EngineConfig, *, batch_size: int, accumulation: int
         theirs = json.loads(config.deepspeed_json.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"engine.deepspeed_json: {config.deepspeed_json} is not JSON ({error})") from error
+    if not isinstance(theirs, dict):
+        raise ValueError(f"engine.deepspeed_json: {config.deepspeed_json} is no JSON object; give DeepSpeed's own format")
     for key in ("optimizer", "scheduler", "fp16", "amp"):
         if key in theirs:
             raise ValueError(f"engine.deepspeed_json: {key} is not read; remove it and set the run's optim and engine")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from errno import ENOLCK, ENOSYS, EOPNOTSUPP
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any
@@ -63,41 +64,41 @@ def fit(
     too many steps in a row were refused.
     """
     step, samples, changed = _resume(task, folder, resume, config, ranks)
-    with (
-        _held(folder, ranks),
-        Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps) as log,
-        _interruptible() as interrupted,
-    ):
-        if ranks.first:
-            write_whole(folder / "run.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n") and None)
-        log.console.print(f"{folder}: from step {step} to {schedule.steps}, sample {samples} on, {ranks.world} rank(s)")
-        for line in changed:
-            log.console.print(f"  changed since the checkpoint: {line}")
-        batches = task.batches(samples)
-        clock = _Clock()
-        window = Window()
-        while step < schedule.steps:
-            _step(task, batches, window, clock, schedule.accumulation, seed, step, ranks)
-            _report_refusals(task, log, step, samples, schedule.batch_size)
-            step, samples = step + 1, samples + schedule.batch_size
-            last = step == schedule.steps
-            stop = False
-            if step % schedule.log_every == 0 or last:
-                log.log(step, _line(task, window, clock, samples, schedule.batch_size, ranks))
-                stop = ranks.any(bool(interrupted))  # asked for only here: on a GPU asking waits for the device
-            else:
-                log.advance(step)
-            if step % schedule.save_every == 0 or last or stop:
-                path = checkpoint.save(folder / "checkpoints", step, samples, task.engines, config, schedule.keep, ranks)
-                log.event(step, "saved", path=str(path))
-                clock.restart()
-            if last or (schedule.preview_every and step % schedule.preview_every == 0):
-                if measured := task.preview(folder / "previews", step):
-                    log.event(step, "preview", **measured)
-                clock.restart()
-            if stop and not last:
-                log.event(step, "stopped", signal=interrupted[0] if interrupted else "on another rank")
-                return False
+    with _held(folder, ranks):
+        checkpoint.set_aside(folder / "checkpoints", step, ranks)
+        with (
+            Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps, settings=config) as log,
+            _interruptible() as interrupted,
+        ):
+            if ranks.first:
+                write_whole(folder / "run.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n") and None)
+            log.console.print(f"{folder}: from step {step} to {schedule.steps}, sample {samples} on, {ranks.world} rank(s)")
+            for line in changed:
+                log.console.print(f"  changed since the checkpoint: {line}")
+            batches = task.batches(samples)
+            clock = _Clock()
+            window = Window()
+            while step < schedule.steps:
+                _step(task, batches, window, clock, schedule.accumulation, seed, step, ranks)
+                _report_refusals(task, log, step, samples, schedule.batch_size)
+                step, samples = step + 1, samples + schedule.batch_size
+                last = step == schedule.steps
+                stop = ranks.any(bool(interrupted))  # the engine has just waited for the device; launchers kill after 30 s
+                if step % schedule.log_every == 0 or last:
+                    log.log(step, _line(task, window, clock, samples, schedule.batch_size, ranks))
+                else:
+                    log.advance(step)
+                if step % schedule.save_every == 0 or last or stop:
+                    path = checkpoint.save(folder / "checkpoints", step, samples, task.engines, config, schedule.keep, ranks)
+                    log.event(step, "saved", path=str(path))
+                    clock.restart()
+                if last or (schedule.preview_every and step % schedule.preview_every == 0):
+                    if measured := task.preview(folder / "previews", step):
+                        log.event(step, "preview", **measured)
+                    clock.restart()
+                if stop and not last:
+                    log.event(step, "stopped", signal=interrupted[0] if interrupted else "on another rank")
+                    return False
         task.release(folder / "release")
     return True
 
@@ -105,15 +106,19 @@ def fit(
 @contextmanager
 def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Nobody else trains in `folder` meanwhile: two that write one run would mix their steps. Raises ValueError, on every
-    rank, when another process does. The system lets go of it however this process ends."""
+    rank, when another process does, or the folder cannot be written. The system lets go of it however this process ends;
+    a file system without locks is taken as it is."""
     problem = None
     with ExitStack() as held:
         if ranks.first:
-            folder.mkdir(parents=True, exist_ok=True)
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 flock(held.enter_context((folder / ".lock").open("w")), LOCK_EX | LOCK_NB)
             except BlockingIOError:
                 problem = f"out: another process is training in {folder}; wait for it, stop it, or give another --out"
+            except OSError as error:
+                if error.errno not in (ENOSYS, ENOLCK, EOPNOTSUPP):
+                    problem = f"out: {folder} cannot be written ({error.strerror}); give another --out"
         if problem := ranks.share(problem):
             raise ValueError(problem)
         yield

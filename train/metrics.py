@@ -7,14 +7,17 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from model.files import write_whole
 from train.ranks import Ranks
 
 
@@ -26,6 +29,11 @@ class MetricsConfig:
     """Event files in <out>/tensorboard; needs the tensorboard package."""
     wandb: str | None = None
     """The project of a Weights & Biases run; needs the wandb package."""
+
+    def __post_init__(self) -> None:  # on every rank, before anything is built or written
+        for package, wanted in (("tensorboard", self.tensorboard), ("wandb", self.wandb)):
+            if wanted and find_spec(package) is None:
+                raise ValueError(f"metrics.{package} needs a package; run: pip install {package}")
 
 
 @dataclass
@@ -55,7 +63,16 @@ class Window:
 class Metrics:
     """The record of a run on rank 0; on the other ranks every call does nothing. A context manager."""
 
-    def __init__(self, folder: Path, config: MetricsConfig, ranks: Ranks, *, first_step: int, steps: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: MetricsConfig,
+        ranks: Ranks,
+        *,
+        first_step: int,
+        steps: int,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self._first = ranks.first
         self.console = Console(quiet=not ranks.first, highlight=False, soft_wrap=True)
         self._steps, self._began, self._begun_at = steps, time.monotonic(), first_step
@@ -65,7 +82,7 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         _rewind(folder / "metrics.jsonl", first_step)
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._trackers = _trackers(folder, config)
+        self._trackers = _trackers(folder, config, first_step, settings or {})
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -142,12 +159,10 @@ def _step_of(line: str) -> float:
 class _TensorBoard:
     """Scalars into TensorBoard event files."""
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("metrics.tensorboard needs a package; run: pip install tensorboard") from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)  # what is written again
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -160,12 +175,15 @@ class _TensorBoard:
 class _Wandb:
     """Scalars into one Weights & Biases run per folder, continued on resume."""
 
-    def __init__(self, folder: Path, project: str) -> None:
-        try:
-            import wandb  # pyright: ignore[reportMissingImports] (an optional package)
-        except ImportError as error:
-            raise ValueError("metrics.wandb needs a package; run: pip install wandb") from error
-        self._run = wandb.init(project=project, id=folder.name, name=folder.name, resume="allow", dir=str(folder))
+    def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]) -> None:
+        import wandb  # pyright: ignore[reportMissingImports] (an optional package)
+
+        note = folder / "wandb-id"  # another folder of the same name is another run
+        if not note.is_file():
+            write_whole(note, lambda path: path.write_text(uuid4().hex))
+        self._run = wandb.init(
+            project=project, id=note.read_text(), name=folder.name, config=dict(settings), resume="allow", dir=str(folder)
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -174,10 +192,12 @@ class _Wandb:
         self._run.finish()
 
 
-def _trackers(folder: Path, config: MetricsConfig) -> list[_TensorBoard | _Wandb]:
+def _trackers(
+    folder: Path, config: MetricsConfig, first_step: int, settings: Mapping[str, Any]
+) -> list[_TensorBoard | _Wandb]:
     trackers: list[_TensorBoard | _Wandb] = []
     if config.tensorboard:
-        trackers.append(_TensorBoard(folder))
+        trackers.append(_TensorBoard(folder, first_step))
     if config.wandb:
-        trackers.append(_Wandb(folder, config.wandb))
+        trackers.append(_Wandb(folder, config.wandb, settings))
     return trackers

@@ -15,8 +15,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 import tyro
 
 import configs
-from model.files import dump_config, parse_config, read_json
+from model.files import did_you_mean, dump_config, parse_config, read_json
 from sample import cli
 from train.config import Run
 from train.guard import Diverged
@@ -93,12 +92,6 @@ def leaves(values: Any, prefix: str = "") -> list[str]:
     if isinstance(values, dict) and values:
         return [name for key, value in values.items() for name in leaves(value, f"{prefix}{key}.")]
     return [prefix.removesuffix(".")]
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" when something known is close, else nothing."""
-    close = get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def named(name: str) -> Callable[[], Run]:

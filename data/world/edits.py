@@ -63,12 +63,14 @@ def make_edit(seed: int, index: int, split: str = "train") -> Edit:
 
 
 def edit_sample(seed: int, index: int, split: str, size: int = 64) -> dict[str, Any]:
-    """An edit as a raw sample (data/records.py): the picture before is its source, the picture after its image."""
+    """An edit as a raw sample (data/records.py): the picture before is its source, the picture after its image, and the
+    pixels that differ its mask."""
     edit = make_edit(seed, index, split)
     before, after = (Image.fromarray(render(scene, size)) for scene in (edit.before, edit.after))
+    changed = Image.fromarray(np.where(mask(edit.before, edit.after, size), 255, 0).astype(np.uint8))
     described = {"scene": edit.after.to_json(), "edit": edit.to_json()}
     key = f"{split}-{index:09d}"
-    return {"key": key, "image": after, "txt": edit.instruction, "json": described, "sources": (before,)}
+    return {"key": key, "image": after, "txt": edit.instruction, "json": described, "sources": (before,), "mask": changed}
 
 
 def keeps_rules(scene: Scene, split: str) -> bool:

@@ -28,8 +28,9 @@ class Maker:
         raw = WorldSource(self.seed, self.split, self.task, self.size).read(index)
         image = None if raw["image"] is None else png(raw["image"])
         sources = tuple(png(source) for source in raw.get("sources", ()))
+        mask = png(raw["mask"]) if raw.get("mask") else None
         world = {"seed": self.seed, "split": self.split, "index": index}
-        return Item(raw["txt"], image, sources, raw["json"] | {"world": world})
+        return Item(raw["txt"], image, sources, raw["json"] | {"world": world}, mask)
 
 
 @contextmanager
