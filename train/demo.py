@@ -26,7 +26,7 @@ class Args:
 
     out: Path = Path("demo")
     """Where everything goes; an interrupted demo goes on from there."""
-    tell: int = 300
+    tell: int = 600
     """Optimizer steps of 64 captions that teach the bridge its decoder's language."""
     steps: int = 40
     """Optimizer steps of 64 pictures after them."""
