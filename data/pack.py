@@ -81,10 +81,13 @@ def members(item: Item, key: str) -> dict[str, bytes]:
         facts = _inspect(item.image)
         files[facts.pop("kind")] = item.image
         described |= facts | {"sha256": hashlib.sha256(item.image).hexdigest()}
-    if item.caption:
-        files["txt"] = item.caption.encode()
-        described["caption"] = item.caption
-    files["json"] = json.dumps(described, ensure_ascii=False, sort_keys=True).encode()
+    try:
+        if item.caption:
+            files["txt"] = item.caption.encode()
+            described["caption"] = item.caption
+        files["json"] = json.dumps(described, ensure_ascii=False, sort_keys=True).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        raise BadSample("a text is not Unicode") from error
     if any(len(data) > MAX_BYTES[extension.rpartition(".")[2]] for extension, data in files.items()):
         raise BadSample("a member is larger than its kind may be")
     return files

@@ -80,8 +80,13 @@ class Jsonl:
         caption = next((fields[name] for name in CAPTIONS if fields.get(name)), "")
         if not isinstance(caption, str):
             raise BadSample("a caption is not text")
-        if not caption and not any(name in fields for name in TEXTLESS):
+        if not caption.strip() and not any(name in fields for name in TEXTLESS):
             raise BadSample('a line has neither "caption" nor "messages" nor "label"')
+        for name in TEXTLESS[:2]:
+            if name in fields and (not isinstance(fields[name], list) or not fields[name]):
+                raise BadSample("messages is not a list of messages")
+        if "label" in fields and (isinstance(fields["label"], bool) or not isinstance(fields["label"], int)):
+            raise BadSample("a label is not a class number")
         sources = fields.get("sources", fields.get("images", []))
         if not isinstance(sources, list):
             raise BadSample("sources or images is not a list of paths")
@@ -125,13 +130,13 @@ def _bytes(root: Path, path: Any) -> bytes:
         raise BadSample("an image is not given as a path")
     try:
         return (root / path).read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character, or half of a surrogate pair
         raise BadSample("an image file cannot be read") from error
 
 
 def _decode(text: bytes) -> str:
     try:
-        return text.decode()
+        return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadSample("a text file is not UTF-8") from error
 

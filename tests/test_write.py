@@ -133,12 +133,18 @@ def test_jsonl_lines_that_lack_something_are_counted(tmp_path, capsys):
         {"caption": "red"},
         {"image": "red.png", "caption": 3},
         {"image": "red.png", "caption": "red", "sources": "red.png"},
+        {"image": "red.png", "label": "cat"},
+        {"image": "red.png", "messages": "hello"},
+        {"image": "red.png", "caption": "half of a pair: \ud800"},
+        {"image": "nothing\x00.png", "caption": "red"},
+        {"image": "red.png", "caption": "  "},
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     assert run("jsonl", tmp_path / "list.jsonl", "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert "samples 1, shards 1" in printed
-    assert printed.count("skipped 1:") == 6
+    assert printed.count("skipped 1:") == 7
+    assert printed.count("skipped 2:") == 2  # files that cannot be read; lines without a caption
 
 
 @pytest.mark.parametrize("content", ['{"image": "a.png"', "[1]", "\x00"])
