@@ -81,7 +81,7 @@ def to_record(task: Task, raw: dict[str, Any]) -> Record:
     if task == "chat":
         return Conversation(key, _turns(raw))
     if task == "labelled":
-        return Labelled(key, _image(raw), _label(raw["json"]))
+        return Labelled(key, _image(raw), label_of(raw["json"]))
     sources = tuple(raw.get("sources", ()))
     if task == "i2i" and not sources:
         sources = (_image(raw),)  # reconstruction: the picture is its own source
@@ -132,10 +132,16 @@ def _part(part: Any) -> str:
     raise BadSample("a message has a part that is neither text nor image")
 
 
-def _turns(raw: dict[str, Any]) -> tuple[Turn, ...]:
-    messages = raw["json"].get("messages", raw["json"].get("conversations"))
+def messages_of(described: dict[str, Any]) -> list[Any]:
+    """The messages of a sample's json, not yet parsed; BadSample where there are none."""
+    messages = described.get("messages", described.get("conversations"))
     if not isinstance(messages, list) or not messages:
         raise BadSample("no messages")
+    return messages
+
+
+def _turns(raw: dict[str, Any]) -> tuple[Turn, ...]:
+    messages = messages_of(raw["json"])
     images = tuple(raw.get("sources", ())) or ((raw["image"],) if raw["image"] is not None else ())
     return parse_messages(messages, images)
 
@@ -153,7 +159,8 @@ def _image(raw: dict[str, Any]) -> Image.Image:
     return raw["image"]
 
 
-def _label(described: dict[str, Any]) -> int | dict[str, Any]:
+def label_of(described: dict[str, Any]) -> int | dict[str, Any]:
+    """The scene or the class number of a sample's json; BadSample where there is neither."""
     label = described.get("scene", described.get("label"))
     if isinstance(label, bool) or not isinstance(label, int | dict):
         raise BadSample("no label")

@@ -16,7 +16,7 @@ import tyro
 
 from data.emoji import open_emoji_font
 from data.pack import Item, Written, write_shards
-from data.records import BadSample
+from data.records import BadSample, label_of, messages_of
 from data.shard_index import IMAGES
 
 DESCRIPTION = "Pack pictures and captions of your own into shards that data.shards and every webdataset reader can read."
@@ -82,11 +82,10 @@ class Jsonl:
             raise BadSample("a caption is not text")
         if not caption.strip() and not any(name in fields for name in TEXTLESS):
             raise BadSample('a line has neither "caption" nor "messages" nor "label"')
-        for name in TEXTLESS[:2]:
-            if name in fields and (not isinstance(fields[name], list) or not fields[name]):
-                raise BadSample("messages is not a list of messages")
-        if "label" in fields and (isinstance(fields["label"], bool) or not isinstance(fields["label"], int)):
-            raise BadSample("a label is not a class number")
+        if any(name in fields for name in TEXTLESS[:2]):
+            messages_of(fields)
+        if "label" in fields:
+            label_of(fields)
         sources = fields.get("sources", fields.get("images", []))
         if not isinstance(sources, list):
             raise BadSample("sources or images is not a list of paths")

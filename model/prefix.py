@@ -176,8 +176,10 @@ class PrefixBuilder:
         return [(int(part), "") if place % 2 else (None, part) for place, part in enumerate(parts)]
 
     def _encode_text(self, turn: Turn) -> list[int]:
-        if any("\ud800" <= letter <= "\udfff" for letter in turn.text):
-            raise ValueError(f"the text {turn.text[:40]!a} is not Unicode; give it in UTF-8")
+        try:
+            turn.text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, as the shell's other encodings become
+            raise ValueError(f"the text {turn.text[:40]!a} is not Unicode; give it in UTF-8") from error
         ids = self.tokenizer.encode(turn.text, add_special_tokens=False, split_special_tokens=True)
         if turn.role == "user" and len(ids) > self.max_text_tokens:
             raise ValueError(

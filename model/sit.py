@@ -211,9 +211,9 @@ def unpatchify(x: Tensor, patch: int, shape: torch.Size) -> Tensor:
 def finer(sit: SiT, config: SiTConfig) -> SiT:
     """The same weights in a SiT of smaller patches, to train on from; a SiT of that shape already is returned as it is.
 
-    A small patch starts with the mean of what a large one does with its parts, twice over on the way in, for the values
-    are fewer; blocks are taken over whole. Give `config` the spacing that leaves places where they were. Raises
-    ValueError when anything but patch and spacing differs, or the patches do not divide."""
+    A small patch starts with the mean of what a large one does with its parts, on the way in as many times over as the
+    side shrinks, for the values are fewer; blocks are taken over whole. Give `config` the spacing that leaves places where
+    they were. Raises ValueError when anything but patch and spacing differs, or the patches do not divide."""
     old = sit.config
     if old == config:
         return sit

@@ -109,7 +109,8 @@ def report() -> str:
 
 def _row(log: Path) -> str:
     name = log.name.removesuffix(".metrics.jsonl")
-    settings = read_json(log.with_name(f"{name}.run.json"))
+    path = log.with_name(f"{name}.run.json")
+    settings = read_json(path)
     records = [json.loads(line) for line in log.read_text().splitlines()]
     logged = [record for record in records if "step_seconds" in record]
     seconds, before = 0.0, 0
@@ -120,8 +121,7 @@ def _row(log: Path) -> str:
     last = ", ".join(f"{k} {v:.4g}" for k, v in logged[-1].items() if k not in skipped and isinstance(v, int | float))
     losses = [record.get("loss", record.get("l1")) for record in logged]
     way = " ".join(f"{fmean(part):.3g}" for part in parts(losses, WAY))
-    path = log.with_name(f"{name}.run.json")
-    file = f"assets/world/logs/{name}.run.json"
+    file = path.relative_to(ROOT)
     same = dump_config(parse_config(Run, settings, path)) == settings
     command = f"`python -m train.run {file}`" if same else f"fewer settings than now: `{file}`"
     return (

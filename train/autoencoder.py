@@ -132,14 +132,13 @@ class AutoencoderTask(LoaderTask):
         self.engine.step()
         return {"l1": absolute.detach(), "mse": squared.detach(), "kl": kl.detach()}
 
-    def preview(self, folder: Path, step: int) -> dict[str, float]:
+    def preview(self, folder: Path, step: int) -> None:
         """Eight pictures beside their reconstructions: previews/step-00000500.png."""
         with self.engine.averaged():
             if self.ranks.first:
                 pixels = next(self.batches(0)).pixels[:8].to(self.ranks.device)
                 rebuilt = self.module.autoencoder(pixels.to(self.module.autoencoder.dtype)).sample
                 compare(pixels, rebuilt.float(), ("picture", "rebuilt"), folder / f"step-{step:08d}.png")
-        return {}
 
     def release(self, folder: Path) -> None:
         """A folder that `AutoencoderKL.from_pretrained` loads, with `latents_mean` and `latents_std` over 2,048 pictures."""

@@ -101,8 +101,8 @@ class LabelledSiT(nn.Module):
         return LabelledOutput(out.prediction, self.head(out.hidden))
 
     def start(self, release: Path) -> None:
-        """Take over what `release` wrote; of a coarser SiT, what `finer` keeps. Raises ValueError when a file is missing
-        or does not fit."""
+        """Take over what `release` wrote; of a coarser SiT, what `finer` keeps; a head over other points starts afresh.
+        Raises ValueError when a file is missing or does not fit."""
         self.labels.load_state_dict(load_labels(str(release), self.sit.config.condition_width).state_dict())
         self.sit.load_state_dict(finer(load_sit(str(release)), self.sit.config).state_dict())
         if self.head is not None and (release / HEAD_FILE).is_file():
@@ -161,11 +161,11 @@ class LabelledTask(LoaderTask):
         self.engine.step()
         return measured
 
-    def preview(self, folder: Path, step: int) -> dict[str, float]:
+    def preview(self, folder: Path, step: int) -> None:
         """Eight pictures beside what is drawn from their whole labels: previews/step-00000500.png."""
         with self.engine.averaged():
             if not self.ranks.first:
-                return {}
+                return
             batch = next(self.batches(0))
             rows = slice(0, 8)
             words, places = (part[rows] for part in self._told(batch, TELL_ALL))
@@ -175,7 +175,6 @@ class LabelledTask(LoaderTask):
                 lambda x, t: self.module.sit(x.to(condition.dtype), t, condition).prediction, start, 16, self.noising
             )
             compare(batch.pixels[rows], self.vae.decode(drawn), ("picture", "drawn"), folder / f"step-{step:08d}.png")
-        return {}
 
     def release(self, folder: Path) -> None:
         """The averaged SiT, as `model.decoder.load_sit` reads it, with label embedding and head beside it; in bfloat16."""

@@ -64,41 +64,41 @@ def fit(
     too many steps in a row were refused.
     """
     step, samples, changed = _resume(task, folder, resume, config, ranks)
-    with _held(folder, ranks):
+    with (
+        _held(folder, ranks),
+        Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps, settings=config) as log,
+        _interruptible() as interrupted,
+    ):
         checkpoint.set_aside(folder / "checkpoints", step, ranks)
-        with (
-            Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps, settings=config) as log,
-            _interruptible() as interrupted,
-        ):
-            if ranks.first:
-                write_whole(folder / "run.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n") and None)
-            log.console.print(f"{folder}: from step {step} to {schedule.steps}, sample {samples} on, {ranks.world} rank(s)")
-            for line in changed:
-                log.console.print(f"  changed since the checkpoint: {line}")
-            batches = task.batches(samples)
-            clock = _Clock()
-            window = Window()
-            while step < schedule.steps:
-                _step(task, batches, window, clock, schedule.accumulation, seed, step, ranks)
-                _report_refusals(task, log, step, samples, schedule.batch_size)
-                step, samples = step + 1, samples + schedule.batch_size
-                last = step == schedule.steps
-                stop = ranks.any(bool(interrupted))  # the engine has just waited for the device; launchers kill after 30 s
-                if step % schedule.log_every == 0 or last:
-                    log.log(step, _line(task, window, clock, samples, schedule.batch_size, ranks))
-                else:
-                    log.advance(step)
-                if step % schedule.save_every == 0 or last or stop:
-                    path = checkpoint.save(folder / "checkpoints", step, samples, task.engines, config, schedule.keep, ranks)
-                    log.event(step, "saved", path=str(path))
-                    clock.restart()
-                if last or (schedule.preview_every and step % schedule.preview_every == 0):
-                    if measured := task.preview(folder / "previews", step):
-                        log.event(step, "preview", **measured)
-                    clock.restart()
-                if stop and not last:
-                    log.event(step, "stopped", signal=interrupted[0] if interrupted else "on another rank")
-                    return False
+        if ranks.first:
+            write_whole(folder / "run.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n") and None)
+        log.console.print(f"{folder}: from step {step} to {schedule.steps}, sample {samples} on, {ranks.world} rank(s)")
+        for line in changed:
+            log.console.print(f"  changed since the checkpoint: {line}")
+        batches = task.batches(samples)
+        clock = _Clock()
+        window = Window()
+        while step < schedule.steps:
+            _step(task, batches, window, clock, schedule.accumulation, seed, step, ranks)
+            _report_refusals(task, log, step, samples, schedule.batch_size)
+            step, samples = step + 1, samples + schedule.batch_size
+            last = step == schedule.steps
+            stop = ranks.any(bool(interrupted))  # the engine has just waited for the device; launchers kill after 30 s
+            if step % schedule.log_every == 0 or last:
+                log.log(step, _line(task, window, clock, samples, schedule.batch_size, ranks))
+            else:
+                log.advance(step)
+            if step % schedule.save_every == 0 or last or stop:
+                path = checkpoint.save(folder / "checkpoints", step, samples, task.engines, config, schedule.keep, ranks)
+                log.event(step, "saved", path=str(path))
+                clock.restart()
+            if last or (schedule.preview_every and step % schedule.preview_every == 0):
+                if measured := task.preview(folder / "previews", step):
+                    log.event(step, "preview", **measured)
+                clock.restart()
+            if stop and not last:
+                log.event(step, "stopped", signal=interrupted[0] if interrupted else "on another rank")
+                return False
         task.release(folder / "release")
     return True
 

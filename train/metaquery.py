@@ -75,13 +75,12 @@ class BridgeTask(Task):
     previews: PreviewConfig
     ranks: Ranks
 
-    def preview(self, folder: Path, step: int) -> dict[str, float]:
+    def preview(self, folder: Path, step: int) -> None:
         """One sheet per call: previews/step-00000500.png."""
         if self.previews.prompts:
             with self.engine.averaged():
                 if self.ranks.first:
                     draw_preview(self.model, self.previews, folder / f"step-{step:08d}.png")
-        return {}
 
     def release(self, folder: Path) -> None:
         """The averaged weights as a release folder."""

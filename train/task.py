@@ -42,10 +42,9 @@ class Task(Protocol):
         """What this rank has counted since it started, summed over ranks in each log line; same keys on all ranks."""
         return {}
 
-    def preview(self, folder: Path, step: int) -> dict[str, float]:
-        """Draw or answer fixed examples with the averaged weights; returns what rank 0 measured, for the log. Called on
-        every rank; only rank 0 writes."""
-        return {}
+    def preview(self, folder: Path, step: int) -> dict[str, float] | None:
+        """Draw or answer fixed examples with the averaged weights; returns what rank 0 measured, if anything, for the log.
+        Called on every rank; only rank 0 writes."""
 
     def release(self, folder: Path) -> None:
         """Write what users load, with the averaged weights. Called on every rank; only rank 0 writes."""

@@ -230,14 +230,14 @@ class UnderstandTask(Task):
         self.engine.step()
         return measured
 
-    def preview(self, folder: Path, step: int) -> dict[str, float]:
+    def preview(self, folder: Path, step: int) -> dict[str, float] | None:
         """Ask what a release of this moment would be asked: previews/step-00000500.json, and the shares of right answers."""
         if not self.config.exam_pictures:
-            return {}
+            return None
         with TemporaryDirectory() as draft:
             self.release(Path(draft) / "release")
             if not self.ranks.first:
-                return {}
+                return None
             mllm = load(MLLMConfig(f"{draft}/release", dtype="bfloat16")).to(self.ranks.device)
         asked = exams(self.run.seed, "val", self.config.exam_pictures, self.run.data.image_size)
         measures = understanding(mllm, asked)

@@ -66,8 +66,9 @@ def edit_sample(seed: int, index: int, split: str, size: int = 64) -> dict[str, 
     """An edit as a raw sample (data/records.py): the picture before is its source, the picture after its image, and the
     pixels that differ its mask."""
     edit = make_edit(seed, index, split)
-    before, after = (Image.fromarray(render(scene, size)) for scene in (edit.before, edit.after))
-    changed = Image.fromarray(np.where(mask(edit.before, edit.after, size), 255, 0).astype(np.uint8))
+    pixels = [render(scene, size) for scene in (edit.before, edit.after)]
+    before, after = map(Image.fromarray, pixels)
+    changed = Image.fromarray(np.where(differ(*pixels), 255, 0).astype(np.uint8))
     described = {"scene": edit.after.to_json(), "edit": edit.to_json()}
     key = f"{split}-{index:09d}"
     return {"key": key, "image": after, "txt": edit.instruction, "json": described, "sources": (before,), "mask": changed}
@@ -88,7 +89,12 @@ def stands_free(things: tuple[Object, ...]) -> bool:
 
 def mask(before: Scene, after: Scene, size: int = 64) -> np.ndarray:
     """Which pixels an edit changes: bool [size, size]."""
-    return (render(before, size) != render(after, size)).any(-1)
+    return differ(render(before, size), render(after, size))
+
+
+def differ(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Which pixels of two pictures [H, W, 3] differ: bool [H, W]."""
+    return (before != after).any(-1)
 
 
 def refer(thing: Object, scene: Scene) -> str | None:
