@@ -2,8 +2,8 @@
 
     python -m train.ablation --n 50 --json docs/measures/ablation
 
-Every run sees the same pictures with the same noise, so that their losses can be compared digit by digit. It goes on
-where it was stopped: a run with a JSON file is done.
+Every run that draws sees the same pictures with the same noise, and every run that is told the same captions, so that
+losses of a kind can be compared digit by digit. It goes on where it was stopped: a run with a JSON file is done.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import tyro
 
 from sample.cli import run
 from sample.measures import Measure, read_json, write_json
-from train.run import names
+from train.run import names, read
+from train.tell import TellTaskConfig
 
 LAST = 10  # log records at the end of a run whose mean loss is its figure
 
@@ -72,14 +73,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def training(folder: Path) -> dict[str, Measure]:
-    """A finished run's loss over its last log records, what its decoder knew of the shape at each point (where it was
-    aligned), and the samples it saw. How long a step takes is train.benchmark's to measure, on a quiet machine."""
+    """A finished run's loss over its last log records (of drawing, or of being told), what its decoder knew of the shape
+    at each point (where it was aligned), and the samples it saw. How long a step takes is train.benchmark's to measure,
+    on a quiet machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
     last = logged[-LAST:]
     knew = [line["shape_accuracy"] for line in last if "shape_accuracy" in line]
+    told = isinstance(read(folder / "run.json").task, TellTaskConfig)
     return {
-        "training.loss": Measure(fmean(line["loss"] for line in last), n=len(last)),
+        "training.told_error" if told else "training.loss": Measure(fmean(line["loss"] for line in last), n=len(last)),
         **({"training.shapes_known": Measure(fmean(knew), n=len(knew), unit="share")} if knew else {}),
         "training.samples": Measure(logged[-1]["samples"]),
     }
