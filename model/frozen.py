@@ -1,17 +1,20 @@
-"""What every frozen multimodal LLM offers: prefix + queries -> states [B, Q, D]; prefix -> a reply.
+"""Frozen multimodal LLMs: prefix + queries -> states [B, Q, D]; prefix -> a reply.
 
 The queries come last under a causal mask, so nothing before them depends on them: the prefix runs once without a graph
-into a key/value cache, and only the queries run with one. Letters: B batch, P prefix tokens, Q queries, D width, V
-vocabulary."""
+into a key/value cache, and only the queries run with one. Whatever transformers' class it is, its `model` reads a prefix,
+or goes on from a cache, and its `lm_head` names the next token; what differs between families is how a prefix is made
+(model/mllm.py). Letters: B batch, P prefix tokens, Q queries, D width, V vocabulary."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
+from model.assets import fingerprint, tensors_of
 from model.prefix import Prefix, PrefixBuilder
 
 
@@ -22,6 +25,10 @@ class MLLMConfig:
     path: str
     revision: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    min_pixels: int | None = None
+    """Pictures of fewer pixels are enlarged, where the family knows such a bound; None: as the model's files say."""
+    max_pixels: int | None = None
+    """Pictures of more pixels are scaled down; each 28 x 28 pixels are a token in Qwen2.5-VL, 32 x 32 in Qwen3-VL."""
 
 
 @dataclass(frozen=True)
@@ -54,49 +61,184 @@ class Prefilled:
         return F.pad(states, (0, 0, missing, 0))[:, -count:]
 
 
-class FrozenMLLM(Protocol):
-    """An MLLM that is read and talked to, never trained."""
+class FrozenMLLM:
+    """An MLLM that is read and talked to, never trained, over a transformers class with `model` and `lm_head`."""
 
-    config: MLLMConfig
-    builder: PrefixBuilder
-    width: int  # D
-    context: int  # the longest sequence that it was made for, in tokens
-    embedding_std: float  # of its token embeddings; queries start like them
-    prefills: int  # how often a prefix was read, for tests and reports
+    position_axes: int | None = None
+    """Axes of the rotary positions; None: one, and positions are [B, P]."""
+
+    def __init__(self, config: MLLMConfig, model: PreTrainedModel, builder: PrefixBuilder):
+        self.config = config
+        self.model: Any = model.eval().requires_grad_(False)  # Any: its annotations lag behind its signatures
+        self.builder = builder
+        self.prefills = 0  # how often a prefix was read, for tests and reports
+        embeddings = self.model.get_input_embeddings().weight  # [V, D]
+        self.width: int = embeddings.shape[1]
+        self.context: int = self.model.config.get_text_config().max_position_embeddings  # its longest sequence, in tokens
+        self.embedding_std = float(embeddings[: 1 << 14].float().std())  # queries start like the token embeddings
+        self._ends = _end_ids(self.model.generation_config.eos_token_id, builder.tokenizer.eos_token_id)
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        return self.model.device
 
     def to(self, device: torch.device | str) -> "FrozenMLLM":
         """Move in place; returns itself."""
-        ...
+        self.model.to(device)
+        return self
 
+    @torch.no_grad()
     def prefill(self, prefix: Prefix) -> Prefilled:
         """Read the prefix without a graph."""
-        ...
+        self.prefills += 1
+        prefix = prefix.to(self.device)
+        with _own_dtype(self.device):
+            out = self.model.model(**self.arguments(prefix), use_cache=True)
+        return Prefilled(
+            layers=tuple((layer.keys, layer.values) for layer in out.past_key_values.layers),
+            mask=prefix.mask,
+            next_positions=_ends_at(prefix) + 1,
+            states=out.last_hidden_state,
+        )
 
     def read(self, prefix: Prefix | Prefilled, queries: Tensor) -> Tensor:
         """What the model makes of queries [Q, D] after the prefix: [B, Q, D]; the graph reaches the queries only."""
-        ...
+        known = prefix if isinstance(prefix, Prefilled) else self.prefill(prefix)
+        batch, count = known.batch_size, queries.shape[0]
+        embeds = queries.to(self.device, self.model.dtype).expand(batch, -1, -1)  # [B, Q, D]
+        return self._continue(known, self._cache(known), embeds, _steps(known.next_positions, count))
 
     def read_full(self, prefix: Prefix, queries: Tensor) -> Tensor:
         """The same states and gradients by one pass over everything with a graph: slower, the reference."""
-        ...
+        prefix = prefix.to(self.device)
+        batch, count = prefix.batch_size, queries.shape[0]
+        given = self.arguments(prefix)
+        tail = queries.to(self.device, self.model.dtype).expand(batch, -1, -1)  # [B, Q, D]
+        embeds = torch.cat([self.model.get_input_embeddings()(given.pop("input_ids")), tail], dim=1)  # [B, P + Q, D]
+        positions = self._on_axes(_steps(_ends_at(prefix) + 1, count))
+        given["attention_mask"] = torch.cat([prefix.mask, prefix.mask.new_ones(batch, count)], dim=1)
+        given["position_ids"] = torch.cat([prefix.positions, positions], dim=-1)
+        with _own_dtype(self.device):
+            states = self.model.model(inputs_embeds=embeds, **given, use_cache=False).last_hidden_state
+        return states[:, -count:]
 
     def reply(
         self, prefix: Prefix | Prefilled, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[str]:
         """Stream the answer to a prefix of one row in pieces of text; temperature 0 takes the likeliest token."""
-        ...
+        if prefix.batch_size != 1:
+            raise ValueError(f"reply streams one conversation, not {prefix.batch_size}; use answers for a batch")
+        ids: list[int] = []
+        said = ""
+        for token in self._generate(prefix, max_new_tokens, temperature, seed):
+            if int(token) in self._ends:
+                break
+            ids.append(int(token))
+            text = self._decode(ids)
+            if not self._unfinished(text, ids[-1]):
+                yield text[len(said) :]
+                said = text
+        rest = self._decode(ids)[len(said) :]
+        if rest:
+            yield rest
 
     def answers(self, prefix: Prefix | Prefilled, max_new_tokens: int = 256) -> list[str]:
         """The likeliest answer of every row, whole."""
-        ...
+        columns = list(self._generate(prefix, max_new_tokens, 0.0, 0))
+        rows = torch.stack(columns, dim=1).tolist()  # [B, tokens]
+        kept = [row[: next((n for n, token in enumerate(row) if token in self._ends), len(row))] for row in rows]
+        return [self._decode(row) for row in kept]
 
+    @torch.no_grad()
     def logits(self, prefix: Prefix) -> Tensor:
         """[B, P, V], as the stock model computes them."""
-        ...
+        with _own_dtype(self.device):
+            return self.model(**self.arguments(prefix.to(self.device)), use_cache=False).logits
 
     def fingerprint(self) -> str:
         """sha256 over all tensors."""
-        ...
+        return fingerprint(tensors_of(self.model))
+
+    def arguments(self, prefix: Prefix) -> dict[str, Tensor]:
+        """The prefix as the keyword arguments of this family's class."""
+        return prefix.arguments()
+
+    @torch.no_grad()
+    def _generate(self, prefix: Prefix | Prefilled, max_new_tokens: int, temperature: float, seed: int) -> Iterator[Tensor]:
+        """Token ids [B], one column at a time, until every row has ended; the cache of a Prefilled stays as it is."""
+        known = prefix if isinstance(prefix, Prefilled) else self.prefill(prefix)
+        cache, random = self._cache(known), torch.Generator().manual_seed(seed)
+        state, ended = known.states[:, -1:], torch.zeros(known.batch_size, dtype=torch.bool)
+        for count in range(1, max_new_tokens + 1):
+            with _own_dtype(self.device):
+                scores = self.model.lm_head(state)[:, 0].float().cpu()  # [B, V]
+            token = _pick(scores, temperature, random)  # [B]
+            yield token
+            ended |= torch.isin(token, torch.tensor(sorted(self._ends)))
+            if bool(ended.all()) or count == max_new_tokens:
+                return
+            embeds = self.model.get_input_embeddings()(token.to(self.device)[:, None])  # [B, 1, D]
+            state = self._continue(known, cache, embeds, _steps(known.next_positions, count)[..., -1:])
+
+    def _continue(self, known: Prefilled, cache: DynamicCache, embeds: Tensor, positions: Tensor) -> Tensor:
+        """States [B, Q, D] of embeds [B, Q, D] at positions [B, Q] that follow what `cache` holds."""
+        seen = cache.get_seq_length() - known.mask.shape[1] + embeds.shape[1]  # tokens after the prefix
+        with _own_dtype(self.device):
+            out = self.model.get_decoder()(
+                inputs_embeds=embeds,
+                attention_mask=torch.cat([known.mask, known.mask.new_ones(known.batch_size, seen)], dim=1),
+                position_ids=self._on_axes(positions),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return out.last_hidden_state
+
+    def _on_axes(self, positions: Tensor) -> Tensor:
+        """Positions [B, Q] of text as this model takes them: the same on every axis."""
+        return positions if self.position_axes is None else positions.expand(self.position_axes, -1, -1)
+
+    def _cache(self, known: Prefilled) -> DynamicCache:
+        """A cache that starts with the prefilled tensors and grows by concatenation, which leaves them alone."""
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        assert not any(cache.is_sliding), "a sliding window would forget the start of the prefix"
+        layers: list[Any] = cache.layers
+        for layer, (keys, values) in zip(layers, known.layers, strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        return cache
+
+    def _unfinished(self, text: str, last: int) -> bool:
+        """Whether the next token can still change the end of `text`: bytes of a character that is not whole yet."""
+        token = self.builder.tokenizer.convert_ids_to_tokens(last)
+        return text.endswith("�") or (token.startswith("<0x") and token.endswith(">"))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.builder.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _own_dtype(device: torch.device) -> Any:
+    """The frozen model computes in its own dtype, in training as in chat, whatever autocast surrounds it."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _ends_at(prefix: Prefix) -> Tensor:
+    """[B]: the highest position of each row, over all axes."""
+    return prefix.positions.reshape(-1, *prefix.ids.shape).amax(dim=(0, 2))
+
+
+def _steps(start: Tensor, count: int) -> Tensor:
+    """Positions [B, count] from start [B] on."""
+    return start[:, None] + torch.arange(count, device=start.device)
+
+
+def _pick(scores: Tensor, temperature: float, random: torch.Generator) -> Tensor:
+    if temperature <= 0:
+        return scores.argmax(dim=-1)
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature  # less the maximum: small temperatures overflow
+    return torch.multinomial(scores.softmax(dim=-1), 1, generator=random)[:, 0]
+
+
+def _end_ids(*ids: int | list[int] | None) -> frozenset[int]:
+    """Every id that ends an answer: the generation config has one, several or none."""
+    flat = [i for item in ids for i in (item if isinstance(item, list) else [item])]
+    return frozenset(i for i in flat if i is not None)

@@ -1,16 +1,32 @@
-"""A config -> a frozen multimodal LLM: the families we know and how to load one. The interface is model/frozen.py."""
+"""A config -> a frozen multimodal LLM: the families we know and how to load one. The interface is model/frozen.py.
+
+A new family of one position axis that transformers can process needs nothing; one that does not is a class beside those of
+model/families.py, and a line in the table below."""
 
 import torch
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from model.families import Idefics, ImageTextToText, LlavaOnevision, TextLLM
 from model.frozen import FrozenMLLM, MLLMConfig, Prefilled
 from model.hub import from_pretrained
 from model.prefix import PrefixBuilder
-from model.qwen import Qwen2_5_VL
+from model.qwen import Qwen2_5_VL, Qwen3_VL
 
 __all__ = ["FrozenMLLM", "MLLMConfig", "Prefilled", "load", "load_builder"]
 
-_FAMILIES = {"qwen2_5_vl": Qwen2_5_VL}
+Family = type[Qwen2_5_VL] | type[ImageTextToText] | type[TextLLM]
+_FAMILIES: dict[str, Family] = {
+    "qwen2_5_vl": Qwen2_5_VL,
+    "qwen3_vl": Qwen3_VL,
+    "llava_onevision": LlavaOnevision,
+    "idefics3": Idefics,
+    "smolvlm": Idefics,
+    "internvl": ImageTextToText,
+    "qwen2": TextLLM,
+    "qwen3": TextLLM,
+    "llama": TextLLM,
+}
 
 
 def load(config: MLLMConfig) -> FrozenMLLM:
@@ -25,8 +41,10 @@ def load_builder(config: MLLMConfig) -> PrefixBuilder:
     return _family(config).make_builder(config)
 
 
-def _family(config: MLLMConfig) -> type[Qwen2_5_VL]:
+def _family(config: MLLMConfig) -> Family:
     model_type = from_pretrained(AutoConfig, config).model_type
-    if model_type not in _FAMILIES:
-        raise ValueError(f"mllm.path {config.path!r} is a {model_type}; supported are {', '.join(_FAMILIES)}")
-    return _FAMILIES[model_type]
+    if model_type in _FAMILIES:
+        return _FAMILIES[model_type]
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return ImageTextToText  # untried: its prefixes may be refused, never misread
+    raise ValueError(f"mllm.path {config.path!r} is a {model_type}; supported are {', '.join(_FAMILIES)}")

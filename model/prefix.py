@@ -1,12 +1,12 @@
-"""Conversations (text + images) -> Prefix: the ids, positions and image patches that a frozen MLLM reads.
+"""Conversations (text + images) -> Prefix: the ids, positions and image tensors that a frozen MLLM reads.
 
 The model's own chat template frames the turns. What users wrote is encoded apart from the frame, as plain text: a
 `<|im_end|>` in a prompt cannot end the turn. Letters: B batch, P prefix tokens."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -15,8 +15,8 @@ from torch import Tensor
 DRAW_SYSTEM = "Draw the image that the user describes."
 IGNORED = -100  # the target of a token that no loss looks at
 
-RopeIndex = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
-"""(ids [B, P], image tokens [B, P] 0 or 1, grids [images, 3], mask [B, P]) -> positions [3, B, P]."""
+Positions = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+"""(ids [B, P], mask [B, P], image tensors) -> positions [B, P], or [3, B, P] for models with three axes."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,42 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a model is given of the images of one conversation."""
+
+    tokens: list[list[int]]  # of each image, in place of its mark
+    tensors: dict[str, Tensor]  # by the model's own argument names; those of many conversations are joined on the first axis
+
+
+class ImageReader(Protocol):
+    """What turns images into tokens and tensors, the way that a family of models wants them."""
+
+    image_id: int
+    """The token that the rendered template has for an image, and that the model fills in with what it saw."""
+
+    def __call__(self, images: Sequence[Image.Image]) -> Seen:
+        """Read the images of one conversation."""
+        ...
+
+
+@dataclass(frozen=True)
 class Prefix:
     """What an MLLM reads, padded on the left so that every row ends at the same column."""
 
     ids: Tensor  # [B, P] long
     mask: Tensor  # [B, P] bool, False on padding
     positions: Tensor  # [3, B, P] long (time, height, width), or [B, P] for models with one axis
-    pixels: Tensor | None = None  # [patches, patch_dim], all images of all rows in order
-    grids: Tensor | None = None  # [images, 3] long: patches along time, height, width
-    images_per_row: tuple[int, ...] = ()  # how many of `grids` belong to each row; empty when there are none
+    images: Mapping[str, Tensor] = field(default_factory=dict)  # by the model's argument names, of all rows in order
+    image_splits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # how much of the first axis is each row's
 
     @property
     def batch_size(self) -> int:
         return self.ids.shape[0]
+
+    def arguments(self) -> dict[str, Tensor]:
+        """The prefix as the keyword arguments of a transformers model. Positions are explicit: some models would keep
+        their own guess between calls."""
+        return {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions, **self.images}
 
     def to(self, device: torch.device | str) -> "Prefix":
         """The same prefix with its tensors on `device`."""
@@ -50,32 +73,28 @@ class Prefix:
             ids=self.ids.to(device),
             mask=self.mask.to(device),
             positions=self.positions.to(device),
-            pixels=None if self.pixels is None else self.pixels.to(device),
-            grids=None if self.grids is None else self.grids.to(device),
+            images={name: tensor.to(device) for name, tensor in self.images.items()},
         )
 
     def select(self, rows: Sequence[int]) -> "Prefix":
         """The prefix of these rows, in this order; padding columns stay."""
         index = torch.tensor(list(rows), device=self.ids.device)
-        kept = replace(
-            self,
-            ids=self.ids[index],
-            mask=self.mask[index],
-            positions=self.positions[..., index, :],
-        )
-        if self.pixels is None or self.grids is None:
-            return kept
-        counts = self.images_per_row
-        if not sum(counts[row] for row in rows):
-            return replace(kept, pixels=None, grids=None, images_per_row=())
-        grids = self.grids.split(counts)
-        patches = self.pixels.split([int(grid.prod(-1).sum()) for grid in grids])
-        return replace(
-            kept,
-            pixels=torch.cat([patches[row] for row in rows]),
-            grids=torch.cat([grids[row] for row in rows]),
-            images_per_row=tuple(counts[row] for row in rows),
-        )
+        parts = {name: tensor.split(self.image_splits[name]) for name, tensor in self.images.items()}
+        images, splits = join([{name: part[row] for name, part in parts.items() if len(part[row])} for row in rows])
+        return Prefix(self.ids[index], self.mask[index], self.positions[..., index, :], images, splits)
+
+
+def join(rows: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """The image tensors of many rows, joined on the first axis, and how much of it is each row's; a row without images
+    has none."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    joined = {name: torch.cat([row[name] for row in rows if name in row]) for name in names}
+    return joined, {name: tuple(len(row[name]) if name in row else 0 for row in rows) for name in names}
+
+
+def running_positions(ids: Tensor, mask: Tensor, images: Mapping[str, Tensor]) -> Tensor:
+    """[B, P]: tokens counted from 0, padding aside; for models whose positions have one axis."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 @dataclass
@@ -91,22 +110,25 @@ class _Row:
 
 
 class PrefixBuilder:
-    """Makes prefixes for one MLLM from its tokenizer and image processor; holds no weights."""
+    """Makes prefixes for one MLLM from its tokenizer, chat template and image reader; holds no weights.
+
+    `images` None: the model reads text alone. `template` None: the tokenizer's own."""
 
     def __init__(
         self,
         tokenizer: Any,
-        image_processor: Any,
-        rope_index: RopeIndex,
+        images: ImageReader | None,
+        positions: Positions = running_positions,
+        template: str | None = None,
         max_text_tokens: int = 256,
-        image_token: str = "<|image_pad|>",
     ):
         self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.rope_index = rope_index
+        self.images = images
+        self.positions = positions
+        self.template = template
         self.max_text_tokens = max_text_tokens
-        self.image_id: int = tokenizer.convert_tokens_to_ids(image_token)
-        self.pad_id: int = tokenizer.pad_token_id
+        self.image_id: int | None = None if images is None else images.image_id
+        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def __call__(self, conversations: Sequence[Sequence[Turn]], *, add_generation_prompt: bool = True) -> Prefix:
         """One row per conversation. ValueError for a user text longer than `max_text_tokens` or a wrong image type."""
@@ -126,26 +148,29 @@ class PrefixBuilder:
         return self._build(conversations, add_generation_prompt=False)
 
     def _build(self, conversations: Sequence[Sequence[Turn]], add_generation_prompt: bool) -> tuple[Prefix, Tensor]:
-        images = [image for turns in conversations for turn in turns for image in turn.images]
-        pixels, grids = self._process(images)
-        sizes = [] if grids is None else (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
-        remaining = iter(sizes)
-        rows = [self._row(turns, remaining, add_generation_prompt) for turns in conversations]
+        seen = [self._see([image for turn in turns for image in turn.images]) for turns in conversations]
+        rows = [
+            self._row(turns, iter(what.tokens), add_generation_prompt)
+            for turns, what in zip(conversations, seen, strict=True)
+        ]
         ids = self._pad([row.ids for row in rows], self.pad_id)  # [B, P]
         targets = self._pad([row.targets for row in rows], IGNORED)  # [B, P]
         mask = self._pad([[1] * len(row.ids) for row in rows], 0).bool()  # [B, P]
-        prefix = Prefix(
-            ids=ids,
-            mask=mask,
-            positions=self._positions(ids, mask, grids),
-            pixels=pixels,
-            grids=grids,
-            images_per_row=tuple(sum(len(t.images) for t in turns) for turns in conversations) if images else (),
-        )
-        return prefix, targets
+        images, splits = join([what.tensors for what in seen])
+        return Prefix(ids, mask, self.positions(ids, mask, images), images, splits), targets
 
-    def _row(self, turns: Sequence[Turn], image_sizes: Any, add_generation_prompt: bool) -> _Row:
-        """Encode the frame and the texts apart; an image mark of the frame becomes as many as the image has tokens."""
+    def _see(self, images: list[Image.Image]) -> Seen:
+        if not images:
+            return Seen([], {})
+        if self.images is None:
+            raise ValueError("this MLLM reads text alone; leave the images out, or choose one that sees")
+        for image in images:
+            if not isinstance(image, Image.Image):
+                raise ValueError(f"an image is a {type(image).__name__}; give a PIL image")
+        return self.images([image.convert("RGB") for image in images])
+
+    def _row(self, turns: Sequence[Turn], image_tokens: Iterator[list[int]], add_generation_prompt: bool) -> _Row:
+        """Encode the frame and the texts apart; an image's mark in the frame becomes its tokens."""
         row = _Row()
         closes = False  # whether the next piece of frame begins with the mark that ends an answer
         for number, piece in self._pieces(turns, add_generation_prompt):
@@ -156,7 +181,7 @@ class PrefixBuilder:
             frame = self.tokenizer.encode(piece, add_special_tokens=False)
             for place, token in enumerate(frame):
                 if token == self.image_id:
-                    row.add([token] * next(image_sizes), said=False)
+                    row.add(next(image_tokens), said=False)
                 else:
                     row.add([token], said=closes and place == 0)
             closes = False
@@ -165,15 +190,19 @@ class PrefixBuilder:
     def _pieces(self, turns: Sequence[Turn], add_generation_prompt: bool) -> list[tuple[int | None, str]]:
         """The rendered template, cut where the texts go: (None, frame) and (turn number, "") in order."""
         messages = [
-            {
-                "role": turn.role,
-                "content": [{"type": "image"} for _ in turn.images] + [{"type": "text", "text": f"\ue000{number}\ue001"}],
-            }
-            for number, turn in enumerate(turns)
+            {"role": turn.role, "content": self._content(turn, f"\ue000{number}\ue001")} for number, turn in enumerate(turns)
         ]
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        rendered = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
         parts = re.split("\ue000(\\d+)\ue001", rendered)  # frame, number, frame, number, ..., frame
         return [(int(part), "") if place % 2 else (None, part) for place, part in enumerate(parts)]
+
+    def _content(self, turn: Turn, text: str) -> str | list[dict[str, str]]:
+        """A message as templates expect it: a list of parts where the model sees, else plain text."""
+        if self.images is None:
+            return text
+        return [{"type": "image"} for _ in turn.images] + [{"type": "text", "text": text}]
 
     def _encode_text(self, turn: Turn) -> list[int]:
         try:
@@ -186,18 +215,6 @@ class PrefixBuilder:
                 f"the prompt {turn.text[:40]!r}... has {len(ids)} tokens and the limit is {self.max_text_tokens}; shorten it"
             )
         return ids
-
-    def _process(self, images: list[Image.Image]) -> tuple[Tensor | None, Tensor | None]:
-        if not images:
-            return None, None
-        for image in images:
-            if not isinstance(image, Image.Image):
-                raise ValueError(f"an image is a {type(image).__name__}; give a PIL image")
-        processed = self.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
-        return processed["pixel_values"], processed["image_grid_thw"]
-
-    def _positions(self, ids: Tensor, mask: Tensor, grids: Tensor | None) -> Tensor:
-        return self.rope_index(ids, (ids == self.image_id).int(), grids, mask)
 
     def _pad(self, rows: list[list[int]], value: int) -> Tensor:
         width = max(len(row) for row in rows)

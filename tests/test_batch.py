@@ -24,8 +24,8 @@ def builder(tmp_path_factory) -> PrefixBuilder:
 
 
 def equal(ours: Prefix, expected: Prefix) -> bool:
-    pairs = [(getattr(ours, name), getattr(expected, name)) for name in ("ids", "mask", "positions", "pixels", "grids")]
-    return all(a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+    given, wanted = ours.arguments(), expected.arguments()
+    return given.keys() == wanted.keys() and all(torch.equal(given[name], wanted[name]) for name in wanted)
 
 
 def test_text_to_image(builder):
@@ -63,7 +63,7 @@ def test_a_sample_is_the_same_in_any_batch(builder):
 
 
 def test_a_caption_too_long_loses_its_last_words(builder):
-    narrow = PrefixBuilder(builder.tokenizer, builder.image_processor, builder.rope_index, max_text_tokens=10)
+    narrow = PrefixBuilder(builder.tokenizer, builder.images, builder.positions, max_text_tokens=10)
     caption = "a red circle left of a blue square on a white background " * 5
     short = shorten(caption, narrow)
     assert caption.startswith(short)
@@ -85,7 +85,7 @@ def test_chat(builder):
 
 
 def test_chat_refuses_a_question_too_long(builder):
-    narrow = PrefixBuilder(builder.tokenizer, builder.image_processor, builder.rope_index, max_text_tokens=10)
+    narrow = PrefixBuilder(builder.tokenizer, builder.images, builder.positions, max_text_tokens=10)
     short = Conversation("a", (Turn("user", "how many ?"), Turn("assistant", "one " * 30)))
     long = Conversation("b", (Turn("user", "how many ? " * 30), Turn("assistant", "one")))
     ChatCollate(narrow).check(short)

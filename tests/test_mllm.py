@@ -108,8 +108,7 @@ def test_logits_are_those_of_the_stock_model(model, folder, prefix):
         expected = stock(
             input_ids=prefix.ids,
             attention_mask=prefix.mask.long(),
-            pixel_values=prefix.pixels,
-            image_grid_thw=prefix.grids,
+            **prefix.images,
             mm_token_type_ids=(prefix.ids == model.builder.image_id).int(),
         ).logits
     assert torch.equal(model.logits(prefix), expected)
@@ -127,8 +126,7 @@ def test_the_reply_is_that_of_repeated_whole_passes(model):
                 logits = model.model(
                     input_ids=ids,
                     position_ids=positions,
-                    pixel_values=prefix.pixels,
-                    image_grid_thw=prefix.grids,
+                    **prefix.images,
                     use_cache=False,
                 ).logits
             token = int(logits[0, -1].argmax())
@@ -143,7 +141,6 @@ def test_the_reply_is_that_of_repeated_whole_passes(model):
 def test_the_reply_equals_generate(model, prefix):
     for row in range(3):
         one = model.builder([tiny.conversations()[row]])
-        images = {} if one.pixels is None else {"pixel_values": one.pixels, "image_grid_thw": one.grids}
         types = (one.ids == model.builder.image_id).int()
         ids = model.model.generate(
             input_ids=one.ids,
@@ -151,7 +148,7 @@ def test_the_reply_equals_generate(model, prefix):
             mm_token_type_ids=types,
             max_new_tokens=6,
             do_sample=False,
-            **images,
+            **one.images,
         )
         expected = model.builder.tokenizer.decode(ids[0, one.ids.shape[1] :], skip_special_tokens=True)
         assert "".join(model.reply(one, max_new_tokens=6)) == expected
@@ -205,7 +202,7 @@ def test_damaged_weights_are_refused_in_a_sentence(folder, tmp_path):
 
 
 def test_the_library_cache_still_grows_by_concatenation():
-    """`Qwen2_5_VL._cache` relies on it: an update must not write into the tensors it was given."""
+    """`FrozenMLLM._cache` relies on it: an update must not write into the tensors it was given."""
     cache, keys = DynamicCache(), torch.ones(1, 1, 2, 4)
     cache.update(keys, keys, 0)
     grown, _ = cache.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4), 0)

@@ -36,8 +36,8 @@ def test_ids_are_those_of_the_template_with_expanded_images(builder):
     before, between, after = text.split(pad)
     expanded = before + 4 * pad + between + 6 * pad + after  # 16x16 and 24x16 pixels in patches of 4, merged 2x2
     assert prefix.ids[0].tolist() == builder.tokenizer.encode(expanded, add_special_tokens=False)
-    assert prefix.grids.tolist() == [[1, 4, 4], [1, 4, 6]]
-    assert prefix.pixels.shape == (16 + 24, 3 * 2 * 4 * 4)
+    assert prefix.images["image_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 6]]
+    assert prefix.images["pixel_values"].shape == (16 + 24, 3 * 2 * 4 * 4)
 
 
 def test_rows_are_padded_on_the_left_and_change_nothing(builder):
@@ -51,9 +51,9 @@ def test_rows_are_padded_on_the_left_and_change_nothing(builder):
         assert together.mask[row, -width:].all()
         assert torch.equal(together.ids[row, -width:], alone.ids[0])
         assert torch.equal(together.positions[:, row, -width:], alone.positions[:, 0])
-        if alone.pixels is not None:
-            count = len(alone.pixels)
-            assert torch.equal(together.pixels[patches : patches + count], alone.pixels)
+        if alone.images:
+            count = len(alone.images["pixel_values"])
+            assert torch.equal(together.images["pixel_values"][patches : patches + count], alone.images["pixel_values"])
             patches += count
 
 
@@ -64,7 +64,7 @@ def test_positions_are_those_of_the_model_itself(builder, folder):
         model = Qwen2_5_VLModel(config)
     types = (prefix.ids == builder.image_id).int()
     expected, _ = model.get_rope_index(
-        prefix.ids, mm_token_type_ids=types, image_grid_thw=prefix.grids, attention_mask=prefix.mask
+        prefix.ids, mm_token_type_ids=types, image_grid_thw=prefix.images["image_grid_thw"], attention_mask=prefix.mask
     )
     assert torch.equal(prefix.positions, expected)
     assert not torch.equal(prefix.positions[1], prefix.positions[2])  # images have rows and columns
@@ -93,17 +93,17 @@ def test_draw_frames_prompts_and_keeps_the_empty_one(builder):
     prefix = builder.draw(["a red circle", ""], images=[[tiny.image()], []])
     text = builder.tokenizer.decode(prefix.ids[1][prefix.mask[1]])
     assert text == f"<|im_start|>system\n{DRAW_SYSTEM}<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
-    assert prefix.images_per_row == (1, 0)
+    assert prefix.image_splits == {"pixel_values": (16, 0), "image_grid_thw": (1, 0)}
 
 
 def test_select_takes_the_images_along(builder):
     conversations = tiny.conversations()
     picked = builder(conversations).select([2, 1, 2])
     expected = builder([conversations[row] for row in (2, 1, 2)])
-    for name in ("ids", "mask", "positions", "pixels", "grids"):
-        assert torch.equal(getattr(picked, name), getattr(expected, name)), name
-    assert picked.images_per_row == expected.images_per_row
-    assert builder(conversations).select([0]).pixels is None
+    for name, tensor in picked.arguments().items():
+        assert torch.equal(tensor, expected.arguments()[name]), name
+    assert picked.image_splits == expected.image_splits
+    assert not builder(conversations).select([0]).images
 
 
 def test_a_long_prompt_names_its_length_and_the_limit(builder):
@@ -119,7 +119,7 @@ def test_a_wrong_image_type_is_refused(builder):
 
 def test_grey_and_transparent_images_are_read(builder):
     images = [[tiny.image().convert(mode)] for mode in ("L", "RGBA", "P")]
-    assert builder.draw(["a"] * 3, images).grids.tolist() == [[1, 4, 4]] * 3
+    assert builder.draw(["a"] * 3, images).images["image_grid_thw"].tolist() == [[1, 4, 4]] * 3
 
 
 def test_the_builder_travels_to_worker_processes(builder):

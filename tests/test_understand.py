@@ -129,8 +129,7 @@ def test_loss_and_gradients_are_those_of_transformers(folder):
     reference = theirs(
         input_ids=prefix.ids,
         attention_mask=prefix.mask.long(),
-        pixel_values=prefix.pixels,
-        image_grid_thw=prefix.grids,
+        **prefix.images,
         mm_token_type_ids=(prefix.ids == builder.image_id).int(),
         labels=targets,
     )
@@ -157,7 +156,7 @@ def test_texts_alone_reach_every_parameter_and_change_no_prediction(folder):
 def test_the_tower_learns_where_its_tokens_lie_only_when_asked(folder, tmp_path):
     """Rows and columns in the order of the visual tokens; texts alone leave head and tower where they are."""
     asked = task_of(run_of("instruct", folder, tmp_path, task={"place": 1.0}))
-    assert asked.step(next(batch for batch in asked.batches(0) if batch.prefix.pixels is not None))["place"] > 0
+    assert asked.step(next(batch for batch in asked.batches(0) if batch.prefix.images))["place"] > 0
     asked.release(tmp_path / "release")
     assert parameters(tmp_path / "release").keys() == parameters(folder).keys()
     mllm = load(MLLMConfig(str(folder), dtype="float32"))
@@ -167,9 +166,8 @@ def test_the_tower_learns_where_its_tokens_lie_only_when_asked(folder, tmp_path)
     _, nowhere = speaker(prefix, answers_of(targets)[0])
     assert nowhere.item() == 0
     wide = mllm.builder([[Turn("user", "What is this?", (Image.new("RGB", (64, 32)),))]])
-    assert wide.grids is not None
     _, off = speaker(wide, torch.arange(wide.ids.shape[1] - 1))
-    rows, columns = (int(n) // 2 for n in wide.grids[0, 1:])
+    rows, columns = (int(n) // 2 for n in wide.images["image_grid_thw"][0, 1:])
     assert rows < columns
     assert (wide.ids == mllm.builder.image_id).sum() == rows * columns
     off.backward()

@@ -19,9 +19,8 @@ from pathlib import Path
 from statistics import fmean
 
 from model.assets import ROOT
-from model.files import dump_config, parse_config, publish, read_json, write_whole
+from model.files import publish, read_json, write_whole
 from sample.cli import run
-from train.config import Run
 
 WAY = 6  # stretches of a run whose mean losses its line shows
 ASSETS, RUNS = ROOT / "assets" / "world", ROOT / "runs" / "assets"
@@ -96,7 +95,8 @@ def report() -> str:
         "",
         "Written by `python -m train.assets` (`make assets`) from the files in `logs/`; nothing here is typed by hand. The",
         "shipped weights came about in rounds, each going on from the one before: NAME.1 first, NAME last; what a round",
-        "started from may be overwritten since. `make assets` trains the same stages in one round each.",
+        "started from may be overwritten since. A setting that is newer than a log takes its default.",
+        "`make assets` trains the same stages in one round each.",
         "",
         "| stage | command | goes on from | seed | steps | samples | wall time | loss on the way | last metrics |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -121,11 +121,9 @@ def _row(log: Path) -> str:
     last = ", ".join(f"{k} {v:.4g}" for k, v in logged[-1].items() if k not in skipped and isinstance(v, int | float))
     losses = [record.get("loss", record.get("l1")) for record in logged]
     way = " ".join(f"{fmean(part):.3g}" for part in parts(losses, WAY))
-    file = path.relative_to(ROOT)
-    same = dump_config(parse_config(Run, settings, path)) == settings
-    command = f"`python -m train.run {file}`" if same else f"fewer settings than now: `{file}`"
+    command = f"python -m train.run {path.relative_to(ROOT)}"
     return (
-        f"| {name} | {command} | {settings['task'].get('init') or ''} | {settings['seed']} | {logged[-1]['step']} | "
+        f"| {name} | `{command}` | {settings['task'].get('init') or ''} | {settings['seed']} | {logged[-1]['step']} | "
         f"{logged[-1]['samples']} | {seconds / 60:.0f} min | {way} | {last} |"
     )
 

@@ -119,7 +119,7 @@ def build_step(args: Metaquery) -> Callable[[bool], None]:
     connector = Connector(ConnectorConfig(layers=args.connector_layers), args.width, args.width, 1.0)
     ids = torch.randint(10, 900, (args.batch_size, args.prefix_tokens))
     positions = torch.arange(args.prefix_tokens).expand(3, args.batch_size, -1)
-    prefix = Prefix(ids, torch.ones_like(ids, dtype=torch.bool), positions, None, None)
+    prefix = Prefix(ids, torch.ones_like(ids, dtype=torch.bool), positions)
 
     def step(plain: bool) -> None:
         read: Callable[[Any, Tensor], Tensor] = mllm.read_full if plain else mllm.read

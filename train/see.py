@@ -108,12 +108,12 @@ class SeeTask(LoaderTask):
     def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
         """What lies at the points of every token's cell, and the squared error of where the token lies."""
         pictures = [to_pil(pixels) for pixels in batch.pixels]
-        seen = self.mllm.builder.image_processor(images=pictures, return_tensors="pt")
+        assert self.mllm.builder.images is not None
+        seen = self.mllm.builder.images(pictures).tensors
         # tokens along a side of a picture, read before the grids [B, 3] move: from a GPU it would wait
         side = int(seen["image_grid_thw"][0, 1]) // self.tower.visual.spatial_merge_size
         points = points_of(batch.scenes, side, self.config.points)
-        seen = seen.to(self.ranks.device)
-        logits, told = self.engine(seen["pixel_values"], seen["image_grid_thw"])
+        logits, told = self.engine(*(seen[name].to(self.ranks.device) for name in ("pixel_values", "image_grid_thw")))
         loss, accuracy = dense_loss(logits, *(part.to(self.ranks.device) for part in points))
         loss = loss + F.mse_loss(told, places(side, side).to(told).expand_as(told))
         self.engine.backward(loss)

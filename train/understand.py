@@ -27,7 +27,7 @@ from model.embedded import EmbeddedConfig, make, save
 from model.files import dump_config
 from model.mllm import MLLMConfig, load
 from model.prefix import IGNORED, Prefix
-from model.qwen import Qwen2_5_VL, arguments
+from model.qwen import Qwen2_5_VL
 from model.trainable import choose_trainable
 from model.vision import batch_equal_pictures
 from sample.measures import show, write_json
@@ -147,8 +147,8 @@ class Speaker(nn.Module):
         """Prefix and the places [N] before its answer tokens (`answers_of`) -> logits [N, V] of what follows there; and the
         squared error [] of the visual tokens' places, where it tells them."""
         self._seen.clear()
-        states = self.model(**arguments(prefix), use_cache=False).last_hidden_state  # [B, P, D]
-        if prefix.pixels is None:  # every rank uses the same parameters, or ZeRO's collectives would not meet
+        states = self.model(**prefix.arguments(), use_cache=False).last_hidden_state  # [B, P, D]
+        if not prefix.images:  # every rank uses the same parameters, or ZeRO's collectives would not meet
             states = states + 0 * self._see_nothing(states.device)
         states = states[:, :-1].flatten(0, 1)[before]  # [N, D]; a token is predicted from the one before it
         off = None
@@ -162,11 +162,12 @@ class Speaker(nn.Module):
 
     def _places(self, prefix: Prefix, told: Tensor) -> Tensor:
         """Column and row of every visual token, [visual tokens, 2]; what the tower saw in place of nothing is nowhere."""
-        if prefix.grids is None:
+        if not prefix.images:
             return told.detach()
         vision: Any = self.whole.config.vision_config
         merge = vision.spatial_merge_size
-        return torch.cat([places(int(h) // merge, int(w) // merge) for _, h, w in prefix.grids.tolist()]).to(told)
+        grids = prefix.images["image_grid_thw"].tolist()
+        return torch.cat([places(int(h) // merge, int(w) // merge) for _, h, w in grids]).to(told)
 
     def _see_nothing(self, device: torch.device) -> Tensor:
         """The mean over what the vision tower makes of the smallest picture, []."""

@@ -1,0 +1,113 @@
+"""Frozen MLLMs that are read through transformers' own processors: LLaVA-OneVision, Idefics3 and SmolVLM, whatever else sees
+through one (InternVL is tried), and language models that see nothing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+from model.frozen import FrozenMLLM, MLLMConfig
+from model.hub import assemble_processor, from_pretrained
+from model.prefix import Prefix, PrefixBuilder, Seen, join
+
+_OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}  # what a processor says of text
+
+
+class ProcessorImages:
+    """Images through the processor that transformers has for the model, one at a time."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+        self.image_id: int = processor.image_token_id
+
+    def __call__(self, images: Sequence[Image.Image]) -> Seen:
+        """See `ImageReader`."""
+        tokens, tensors = [], []
+        for image in images:
+            processed = self.processor(
+                text=[self.processor.image_token], images=[image], add_special_tokens=False, return_tensors="pt"
+            )
+            tokens.append(processed["input_ids"][0].tolist())
+            tensors.append(self.tensors({k: v for k, v in processed.items() if k not in _OF_TEXT}))
+        return Seen(tokens, join(tensors)[0])
+
+    def tensors(self, processed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the processor says of one image -> tensors whose first axes can be joined."""
+        return processed
+
+
+class ImageTextToText(FrozenMLLM):
+    """Any family of AutoModelForImageTextToText whose `model` takes tokens, positions of one axis, and image tensors
+    that are joined on their first axis."""
+
+    model_class: Any = AutoModelForImageTextToText
+    images_class: type[ProcessorImages] = ProcessorImages
+
+    @classmethod
+    def make_builder(cls, config: MLLMConfig) -> PrefixBuilder:
+        """Tokenizer, image processor and chat template of the model that `config` names."""
+        _no_bounds(config)
+        processor = assemble_processor(config)
+        template = processor.chat_template or processor.tokenizer.chat_template
+        return PrefixBuilder(processor.tokenizer, cls.images_class(processor), template=template)
+
+
+class LlavaOnevisionImages(ProcessorImages):
+    """A conversation's only image is seen whole and in tiles; several are seen whole, padded to squares."""
+
+    def __call__(self, images: Sequence[Image.Image]) -> Seen:
+        """See `ImageReader`."""
+        processed = self.processor.image_processor([list(images)], return_tensors="pt")
+        texts = [self.processor.replace_image_token(processed, number) for number in range(len(images))]
+        tensors = {
+            "pixel_values": processed["pixel_values"].flatten(0, 1),  # [tiles of all images, 3, H, W]
+            "image_sizes": processed["image_sizes"],  # [images, 2]
+            "batch_num_images": processed["batch_num_images"],  # [1]: how many, in this conversation
+        }
+        return Seen([self.processor.tokenizer.encode(text, add_special_tokens=False) for text in texts], tensors)
+
+
+class LlavaOnevision(ImageTextToText):
+    """LLaVA-OneVision (Li et al. 2024) of any size."""
+
+    images_class = LlavaOnevisionImages
+
+
+class IdeficsImages(ProcessorImages):
+    """Tiles of all images side by side; the model wants them below an axis of its own (`Idefics.arguments`)."""
+
+    def tensors(self, processed: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor[0] for name, tensor in processed.items()}
+
+
+class Idefics(ImageTextToText):
+    """Idefics3 (Laurençon et al. 2024) and SmolVLM, which shares its shape."""
+
+    images_class = IdeficsImages
+
+    def arguments(self, prefix: Prefix) -> dict[str, Tensor]:
+        images = {name: tensor[None] for name, tensor in prefix.images.items()}
+        return prefix.arguments() | images
+
+
+class TextLLM(FrozenMLLM):
+    """A language model that sees nothing: queries read its prompts all the same."""
+
+    model_class: Any = AutoModelForCausalLM
+
+    @classmethod
+    def make_builder(cls, config: MLLMConfig) -> PrefixBuilder:
+        """The tokenizer of the model that `config` names."""
+        _no_bounds(config)
+        tokenizer = from_pretrained(AutoTokenizer, config)
+        if not tokenizer.chat_template:
+            raise ValueError(f"mllm.path {config.path!r} has no chat template; name a model that was tuned to converse")
+        return PrefixBuilder(tokenizer, images=None)
+
+
+def _no_bounds(config: MLLMConfig) -> None:
+    for name in ("min_pixels", "max_pixels"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"mllm.{name}: the model at {config.path!r} has no such bound; leave it out")

@@ -1,0 +1,154 @@
+"""Every MLLM family, from a checkpoint in the hub's layout, against transformers' own class and processor."""
+
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from model import mllm
+from model.mllm import MLLMConfig
+from model.prefix import Turn
+from tests import tiny
+from tests.tiny_families import BLIND, SEEING
+
+QUERIES = 5
+
+
+@pytest.fixture(scope="module", params=[*SEEING, *BLIND])
+def family(request, tmp_path_factory):
+    """The family's name, a checkpoint of it, ours and the stock model."""
+    folder = (SEEING | BLIND)[request.param](tmp_path_factory.mktemp(request.param) / "mllm")
+    kind = AutoModelForImageTextToText if request.param in SEEING else AutoModelForCausalLM
+    stock = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    return request.param, folder, mllm.load(MLLMConfig(str(folder), dtype="float32")), stock
+
+
+def conversations(name: str) -> list[list[Turn]]:
+    """Mixed lengths; no image, two in one turn, one; for those that see nothing, the same words."""
+    if name in SEEING:
+        return tiny.conversations()
+    return [[replace(turn, images=()) for turn in turns] for turns in tiny.conversations()]
+
+
+def whole(ours, stock, prefix, queries):
+    """States [1, Q, D] of one unpadded row by the stock model's full pass: positions are its own, and the queries are
+    spliced over the embeddings of as many words."""
+    ids = torch.cat([prefix.ids, torch.full((1, QUERIES), 300)], dim=1)
+    types = {"mm_token_type_ids": (ids == ours.builder.image_id).int()} if ours.position_axes else {}
+    images = {name: tensor for name, tensor in ours.arguments(prefix).items() if name in prefix.images}
+    splice = stock.get_input_embeddings().register_forward_hook(
+        lambda module, given, embeds: torch.cat([embeds[:, :-QUERIES], queries.expand(1, -1, -1)], dim=1)
+    )
+    states = stock.model(input_ids=ids, attention_mask=torch.ones_like(ids), **types, **images).last_hidden_state
+    splice.remove()
+    return states[:, -QUERIES:]
+
+
+def test_query_states_and_gradients_are_those_of_a_full_pass_of_the_stock_class(family):
+    name, _, ours, stock = family
+    queries = torch.randn(QUERIES, ours.width, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    together = ours.read(ours.builder(conversations(name)), queries)  # padded, mixed
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+    for row, turns in enumerate(conversations(name)):
+        expected = whole(ours, stock, ours.builder([turns]), queries)
+        torch.testing.assert_close(together[row], expected[0], rtol=1e-5, atol=1e-5)
+        weights = torch.randn(expected.shape[1:], generator=torch.Generator().manual_seed(row))
+        (by_cache,) = torch.autograd.grad((together[row] * weights).sum(), queries, retain_graph=True)
+        (by_graph,) = torch.autograd.grad((expected[0] * weights).sum(), queries)
+        assert by_graph.abs().max() > 1e-3
+        assert (by_cache - by_graph).abs().max() <= 2e-5 * by_graph.abs().max()
+
+
+def test_one_graph_over_everything_agrees(family):
+    name, _, ours, _ = family
+    queries = torch.randn(QUERIES, ours.width, generator=torch.Generator().manual_seed(1))
+    prefix = ours.builder(conversations(name))
+    torch.testing.assert_close(ours.read_full(prefix, queries), ours.read(prefix, queries), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_take_their_images_along(family):
+    name, _, ours, _ = family
+    turns = conversations(name)
+    picked, expected = ours.builder(turns).select([2, 1, 2]), ours.builder([turns[row] for row in (2, 1, 2)])
+    assert picked.arguments().keys() == expected.arguments().keys()
+    for argument, tensor in picked.arguments().items():
+        assert torch.equal(tensor, expected.arguments()[argument]), argument
+    assert picked.image_splits == expected.image_splits
+
+
+def test_ids_and_images_are_those_of_the_family_s_own_processor(family):
+    name, _, ours, _ = family
+    if name in ("qwen2_5_vl", *BLIND):
+        pytest.skip("test_prefix.py spells out the ids of Qwen; those that see nothing have no processor")
+    if name == "qwen3_vl":
+        pytest.skip("its image processor and the count of its tokens are Qwen2.5-VL's")
+    processor = ours.builder.images.processor
+    for turns in conversations(name):
+        messages = [
+            {"role": t.role, "content": [*({"type": "image"} for _ in t.images), {"type": "text", "text": t.text}]}
+            for t in turns
+        ]
+        rendered = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        images = [image for turn in turns for image in turn.images]
+        expected = processor(text=[rendered], images=[images] if images else None, return_tensors="pt")
+        given = ours.arguments(ours.builder([turns]))
+        assert torch.equal(given["input_ids"], expected["input_ids"])
+        for argument in set(given) & set(expected) - {"attention_mask"}:
+            assert torch.equal(given[argument].squeeze(), expected[argument].squeeze()), argument
+
+
+def test_answers_and_logits_are_those_of_the_stock_model(family):
+    name, _, ours, stock = family
+    prefix = ours.builder(conversations(name))
+    answers = ours.answers(prefix, max_new_tokens=6)
+    for row, turns in enumerate(conversations(name)):
+        one = ours.builder([turns])
+        given = ours.arguments(one)
+        del given["position_ids"]
+        if ours.position_axes:
+            given["mm_token_type_ids"] = (one.ids == ours.builder.image_id).int()
+        with torch.no_grad():
+            torch.testing.assert_close(ours.logits(one), stock(**given).logits, rtol=1e-5, atol=1e-5)
+        said = stock.generate(**given, max_new_tokens=6, do_sample=False)
+        assert answers[row] == ours.builder.tokenizer.decode(said[0, one.ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_builders_go_to_worker_processes(family):
+    name, _, ours, _ = family
+    sent = pickle.loads(pickle.dumps(ours.builder))
+    assert torch.equal(sent(conversations(name)).ids, ours.builder(conversations(name)).ids)
+
+
+def test_frozen_and_its_context_is_known(family):
+    _, _, ours, _ = family
+    assert not any(parameter.requires_grad for parameter in ours.model.parameters())
+    assert (ours.width, ours.context) == (32, 512)
+
+
+def test_pixel_bounds_decide_how_many_tokens_an_image_has(tmp_path):
+    folder = str(SEEING["qwen3_vl"](tmp_path / "mllm"))
+    turns = [[Turn("user", "a", (tiny.image((32, 32)),))]]
+
+    def tokens(**bounds: Any) -> int:
+        builder = mllm.load_builder(MLLMConfig(folder, **bounds))
+        return int((builder(turns).ids == builder.image_id).sum())
+
+    assert tokens() == 16  # squares of 8 pixels
+    assert tokens(max_pixels=256) == 4
+    assert tokens(min_pixels=4096) == 64
+    with pytest.raises(ValueError, match=r"mllm.min_pixels 512 and mllm.max_pixels 256: give a range"):
+        tokens(min_pixels=512, max_pixels=256)
+
+
+def test_what_a_family_cannot_do_is_refused_in_a_sentence(tmp_path):
+    blind = str(BLIND["llama"](tmp_path / "llama"))
+    with pytest.raises(ValueError, match="this MLLM reads text alone; leave the images out"):
+        mllm.load_builder(MLLMConfig(blind))([[Turn("user", "a", (tiny.image(),))]])
+    with pytest.raises(ValueError, match=r"mllm.max_pixels: the model at .* has no such bound; leave it out"):
+        mllm.load_builder(MLLMConfig(blind, max_pixels=256))
+    (tmp_path / "llama" / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="has no chat template; name a model that was tuned to converse"):
+        mllm.load_builder(MLLMConfig(blind))
