@@ -26,7 +26,8 @@ setup(
         "rich>=14",
     ],
     extras_require={
-        "test": ["pytest>=9", "hypothesis>=6", "ruff==0.17.*", "pyright>=1.1.400", "num2words>=0.5.14"],
+        "test": ["pytest>=9", "hypothesis>=6", "ruff==0.17.*", "pyright>=1.1.400", "num2words>=0.5.14", "peft>=0.18"],
+        "lora": ["peft>=0.18"],
         "smolvlm": ["num2words>=0.5.14"],
         "tensorboard": ["tensorboard>=2.20"],
         "wandb": ["wandb>=0.23"],

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from model.assets import locate
+from model.diffusers_decoder import DiffusersDecoder, DiffusersDecoderConfig, load_diffusers_decoder
 from model.files import (
     dump_config,
     match,
@@ -19,6 +20,7 @@ from model.files import (
     write_json,
     write_tensors,
 )
+from model.noise import FlowConfig, NoiseConfig
 from model.sit import SiT, SiTConfig, SiTOutput
 
 
@@ -30,11 +32,13 @@ class SiTDecoderConfig:
     sit: SiTConfig | None = None
 
 
-DecoderConfig = SiTDecoderConfig  # Sana and the SD U-Net join here as a union
+DecoderConfig = SiTDecoderConfig | DiffusersDecoderConfig
 
 
-def build_decoder(config: DecoderConfig) -> "SiTDecoder":
+def build_decoder(config: DecoderConfig) -> "Decoder":
     """The decoder that `config` describes, trained where it names a folder."""
+    if isinstance(config, DiffusersDecoderConfig):
+        return load_diffusers_decoder(config)
     if (config.path is None) == (config.sit is None):
         raise ValueError("decoder.path and decoder.sit: give one, a trained SiT's folder or the shape of a fresh one")
     return SiTDecoder(load_sit(config.path) if config.path is not None else SiT(config.sit))  # type: ignore[arg-type]
@@ -44,12 +48,14 @@ class SiTDecoder(nn.Module):
     """SiT takes the conditioning as it is; trained on unit-scale tokens, it expects an RMS of 1."""
 
     condition_gain = 1.0
+    trains: tuple[str, ...] = ()
+    noise: NoiseConfig = FlowConfig()
 
     def __init__(self, sit: SiT):
         super().__init__()
         self.sit = sit
         self.condition_width = sit.config.condition_width
-        self.condition_tokens = sit.config.condition_tokens
+        self.condition_tokens: int | None = sit.config.condition_tokens
         self.latent_shape = (sit.config.latent_channels, sit.config.latent_size, sit.config.latent_size)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
@@ -58,6 +64,11 @@ class SiTDecoder(nn.Module):
     def aligned(self, x_t: Tensor, t: Tensor, condition: Tensor) -> SiTOutput:
         """The prediction with the hidden layer that an alignment loss looks at."""
         return self.sit(x_t, t, condition, hidden_at=self.sit.config.align_depth)
+
+
+Decoder = SiTDecoder | DiffusersDecoder
+"""What both offer: `condition_width`, `condition_tokens` and `condition_gain` tell a connector what to make; `noise` is the
+schedule it was made for, unless a config gives another; parameters that match `trains` train whatever the config says."""
 
 
 def save_sit(folder: Path, sit: SiT, beside: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:

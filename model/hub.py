@@ -2,6 +2,8 @@
 
 import inspect
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from safetensors import SafetensorError
@@ -50,16 +52,31 @@ def assemble_processor(config: MLLMConfig) -> Any:
     return processor
 
 
-def _load(loader: Any, config: MLLMConfig, **options: Any) -> Any:
+@dataclass(frozen=True)
+class Source:
+    """Where a part comes from, and the setting that names it."""
+
+    field: str
+    path: str
+    revision: str | None = None
+
+
+def fetched(source: Source, loader: Callable[..., Any], **options: Any) -> Any:
+    """What `loader` makes of a folder on this machine, else of a hub id at a revision; ValueError with the remedy when there
+    is neither."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # its bars would fill log files
-    folder = locate(config.path)
+    folder = locate(source.path)
     try:
         if folder is not None:
             return loader(folder, local_files_only=True, **options)
-        return loader(config.path, revision=config.revision, **options)
+        return loader(source.path, revision=source.revision, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"mllm.path {config.path!r} cannot be loaded ({str(error).splitlines()[0]}); "
+            f"{source.field} {source.path!r} cannot be loaded ({str(error).splitlines()[0]}); "
             "name a model folder, or a hub id that is reachable or in the cache, or run make assets"
         ) from error
+
+
+def _load(loader: Callable[..., Any], config: MLLMConfig, **options: Any) -> Any:
+    return fetched(Source("mllm.path", config.path, config.revision), loader, **options)

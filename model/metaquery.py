@@ -2,7 +2,7 @@
 
 Letters: B batch, Q queries, D MLLM width, C conditioning width, c h w latent channels, height, width."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, overload
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from model.assets import fingerprint
 from model.connector import Connector, ConnectorConfig
-from model.decoder import DecoderConfig, SiTDecoder, build_decoder
+from model.decoder import Decoder, DecoderConfig, build_decoder
 from model.mllm import FrozenMLLM, MLLMConfig, Prefilled, load
-from model.noise import FlowConfig, NoiseConfig, Noising, build_noising
+from model.noise import NoiseConfig, Noising, build_noising
 from model.prefix import Prefix
 from model.queries import Queries
 from model.sit import SiTOutput
@@ -33,7 +33,8 @@ class MetaQueryConfig:
     vae: VAEConfig
     queries: int = 64
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
-    noise: NoiseConfig = field(default_factory=FlowConfig)
+    noise: NoiseConfig | None = None
+    """None: the decoder's own, which for a pretrained one is its scheduler's."""
     trainable: tuple[str, ...] = ()
     learned_queries: bool = True
     read: Literal["queries", "prompt"] = "queries"
@@ -53,20 +54,21 @@ class MetaQuery(nn.Module):
         vae: LatentVAE,
         queries: Queries | None,
         connector: Connector,
-        decoder: SiTDecoder,
+        decoder: Decoder,
     ):
         super().__init__()
         object.__setattr__(self, "mllm", mllm)
         object.__setattr__(self, "vae", vae)
-        self.config = config
-        self.noising: Noising = build_noising(config.noise)
+        noise = config.noise or decoder.noise
+        self.config = replace(config, noise=noise)
+        self.noising: Noising = build_noising(noise)
         self.queries = queries
         self.connector = connector
         self.decoder = decoder
         self.latent_shape = decoder.latent_shape
         if self.queries is not None:
             self.queries.requires_grad_(config.learned_queries)
-        choose_trainable(self.decoder, config.trainable, "decoder parameter")
+        choose_trainable(self.decoder, (*config.trainable, *decoder.trains), "decoder parameter")
         own = self.own_tensors().keys()
         # Taken now: a bf16 engine rounds what it does not train, and a release names what was loaded.
         self.decoder_sha256 = fingerprint({name: t for name, t in self.state_dict().items() if name not in own})
@@ -120,7 +122,7 @@ def build(config: MetaQueryConfig, mllm: FrozenMLLM | None = None, vae: LatentVA
         )
     if config.queries < 1:
         raise ValueError(f"queries is {config.queries}; give 1 or more")
-    if config.queries > decoder.condition_tokens:
+    if decoder.condition_tokens is not None and config.queries > decoder.condition_tokens:
         raise ValueError(
             f"queries is {config.queries} and the decoder takes {decoder.condition_tokens} conditioning tokens; "
             "lower queries or raise the decoder's condition_tokens"

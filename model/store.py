@@ -77,10 +77,15 @@ def _frozen(model: MetaQuery) -> dict[str, dict[str, Any]]:
             "revision": config.mllm.revision,
             "sha256": model.mllm.fingerprint(),
         },
-        "vae": {"path": config.vae.path, "sha256": fingerprint(tensors_of(model.vae.autoencoder))},
+        "vae": {
+            "path": config.vae.path,
+            "revision": config.vae.revision,
+            "sha256": fingerprint(tensors_of(model.vae.autoencoder)),
+        },
     }
     if config.decoder.path is not None:
-        parts["decoder"] = {"path": config.decoder.path, "sha256": model.decoder_sha256}
+        revision = getattr(config.decoder, "revision", None)  # our SiT lies in a folder and has none
+        parts["decoder"] = {"path": config.decoder.path, "revision": revision, "sha256": model.decoder_sha256}
     return parts
 
 

@@ -1,35 +1,52 @@
-"""Pixels <-> unit-variance latents, through a frozen AutoencoderKL of diffusers.
+"""Pixels <-> unit-variance latents, through a frozen autoencoder of diffusers.
 
 Three spaces: pixels in [-1, 1] -> raw latents (the encoder's mean) -> latents (shifted and scaled to unit variance).
 Letters: B batch, H W pixels, c h w latent channels, height, width."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
+from diffusers import AutoencoderDC, AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from model.assets import locate
+from model.hub import Source, fetched
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Which autoencoder: a folder in diffusers' layout (its own, or the `vae` folder of a model)."""
+    """Which autoencoder: a folder in diffusers' layout or a hub id; of a pipeline, its `vae`."""
 
     path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
 
 
 def load_vae(config: VAEConfig) -> "LatentVAE":
-    """The frozen autoencoder in float32 on CPU; ValueError when the folder is not there."""
-    folder = locate(config.path)
-    if folder is None or not (folder / "config.json").is_file():
-        raise ValueError(
-            f"vae.path {config.path!r} holds no autoencoder; name a folder in diffusers' layout, or run make assets"
-        )
-    return LatentVAE(
-        AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False)
-    )
+    """The frozen autoencoder on CPU; ValueError when it is missing or of a class we do not know."""
+    source = Source("vae.path", config.path, config.revision)
+    options = {} if _lies_open(source) else {"subfolder": "vae"}
+    name = fetched(source, AutoencoderKL.load_config, **options).get("_class_name")
+    if name not in _CLASSES:
+        raise ValueError(f"vae.path {config.path!r} is a {name}; supported are {', '.join(_CLASSES)}")
+    options |= {"torch_dtype": getattr(torch, config.dtype), "use_safetensors": True, "low_cpu_mem_usage": False}
+    return LatentVAE(fetched(source, _CLASSES[name].from_pretrained, **options))
+
+
+def _lies_open(source: Source) -> bool:
+    """Whether the autoencoder is the thing named, and no part of a pipeline."""
+    folder = locate(source.path)
+    if folder is not None:
+        return (folder / "config.json").is_file()
+    try:
+        AutoencoderKL.load_config(source.path, revision=source.revision)
+    except OSError:
+        return False
+    return True
 
 
 class LatentVAE:
@@ -38,12 +55,13 @@ class LatentVAE:
     The statistics come from its own config: `latents_mean` and `latents_std` per channel where present, else the
     scalar `shift_factor` and `scaling_factor`."""
 
-    def __init__(self, autoencoder: AutoencoderKL):
+    def __init__(self, autoencoder: AutoencoderKL | AutoencoderDC):
         # Any: diffusers' annotations know neither its configs nor its outputs
         self.autoencoder: Any = autoencoder.eval().requires_grad_(False)
         config = self.autoencoder.config
         self.latent_channels: int = config.latent_channels
-        self.factor: int = 2 ** (len(config.block_out_channels) - 1)  # H / h
+        blocks = config.get("block_out_channels") or config.encoder_block_out_channels
+        self.factor: int = 2 ** (len(blocks) - 1)  # H / h
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:
             mean = [config.get("shift_factor") or 0.0] * self.latent_channels
@@ -60,7 +78,8 @@ class LatentVAE:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] -> latents [B, c, h, w] of unit variance (the posterior's mean)."""
-        raw = self.autoencoder.encode(pixels.to(self.autoencoder.dtype)).latent_dist.mode()  # [B, c, h, w]
+        encoded = self.autoencoder.encode(pixels.to(self.autoencoder.dtype))
+        raw = encoded.latent if "latent" in encoded else encoded.latent_dist.mode()  # [B, c, h, w]
         return (raw.float() - self._mean) / self._std
 
     @torch.no_grad()

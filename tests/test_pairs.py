@@ -1,0 +1,83 @@
+"""Every MLLM family with every decoder: three steps through the real entry point, and a picture from the release."""
+
+from dataclasses import replace
+
+import pytest
+
+from data.loader import Data
+from model.connector import ConnectorConfig
+from model.decoder import DecoderConfig, DiffusersDecoderConfig, SiTDecoderConfig
+from model.diffusers_decoder import LoraConfig
+from model.files import dump_config, write_json
+from model.metaquery import MetaQueryConfig
+from model.mllm import MLLMConfig
+from model.vae import VAEConfig
+from sample.pipeline import Pipeline
+from tests import tiny
+from tests.tiny_decoders import PIPELINES
+from tests.tiny_families import BLIND, SEEING
+from train import run
+from train.config import Run
+from train.metaquery import MetaQueryTaskConfig
+from train.preview import PreviewConfig
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A folder with every MLLM and every pipeline."""
+    folder = tmp_path_factory.mktemp("parts")
+    for name, make in (SEEING | BLIND | PIPELINES).items():
+        make(folder / name)
+    tiny.vae_folder(folder / "sit" / "vae")
+    return folder
+
+
+def a_run(parts, mllm: str, decoder: str, out, home: DecoderConfig | None = None, **changes) -> Run:
+    """Three steps of `metaquery.tiny` with these parts."""
+    if home is None:
+        home = SiTDecoderConfig(sit=tiny.sit_config()) if decoder == "sit" else DiffusersDecoderConfig(str(parts / decoder))
+    model = MetaQueryConfig(
+        mllm=MLLMConfig(str(parts / mllm), dtype="float32"),
+        decoder=home,
+        vae=VAEConfig(str(parts / decoder / "vae") if decoder == "sit" else str(parts / decoder)),
+        queries=4,
+        connector=ConnectorConfig(layers=1),
+        trainable=("*",),
+    )
+    base = run.named("metaquery.tiny")()
+    return replace(
+        base,
+        task=MetaQueryTaskConfig(replace(model, **changes), preview=PreviewConfig((), steps=2)),
+        data=Data(image_size=16),
+        schedule=replace(base.schedule, steps=3, batch_size=2),
+        out=out,
+    )
+
+
+def train(config, folder):
+    """Through `python -m train.run RUN.json`."""
+    write_json(folder / "run.json", dump_config(config))
+    run.main([str(folder / "run.json")])
+    return Pipeline.from_release(config.out / "release")
+
+
+@pytest.mark.parametrize("decoder", ["sit", *PIPELINES])
+@pytest.mark.parametrize("mllm", [*SEEING, *BLIND])
+def test_every_pair_trains_and_draws_from_its_release(parts, mllm, decoder, tmp_path):
+    pipeline = train(a_run(parts, mllm, decoder, tmp_path / "out"), tmp_path)
+    images = [[tiny.image()], []] if mllm in SEEING else None
+    drawn = pipeline(["a red circle", "a blue star"], [0, 1], images=images, steps=2)
+    assert [picture.size for picture in drawn] == [(16, 16), (16, 16)]
+    assert drawn[0].tobytes() != drawn[1].tobytes()
+
+
+@pytest.mark.parametrize("decoder", PIPELINES)
+def test_adapters_train_alone_and_come_back(parts, decoder, tmp_path):
+    home = DiffusersDecoderConfig(str(parts / decoder), lora=LoraConfig(rank=2))
+    config = a_run(parts, "qwen2", decoder, tmp_path / "out", home=home, trainable=())
+    model = train(config, tmp_path).model
+    own = model.own_tensors()
+    adapters = {name for name in own if name.startswith("decoder.")}
+    assert adapters
+    assert all(".lora_" in name for name in adapters)
+    assert any(own[name].abs().max() > 0 for name in adapters if ".lora_B." in name)  # zero at birth
