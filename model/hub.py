@@ -4,8 +4,10 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -72,10 +74,24 @@ def fetched(source: Source, loader: Callable[..., Any], **options: Any) -> Any:
             return loader(folder, local_files_only=True, **options)
         return loader(source.path, revision=source.revision, **options)
     except (OSError, ValueError, SafetensorError) as error:
+        if source.path.count("/") == 1 and folder is None:
+            remedy = f"download it (hf download {source.path}), or name a model folder"
+        else:
+            remedy = "name a model folder or a hub id, or run make assets"
         raise ValueError(
-            f"{source.field} {source.path!r} cannot be loaded ({str(error).splitlines()[0]}); "
-            "name a model folder, or a hub id that is reachable or in the cache, or run make assets"
+            f"{source.field} {source.path!r} cannot be loaded ({str(error).splitlines()[0]}); {remedy}"
         ) from error
+
+
+def commit_of(path: str, revision: str | None) -> str | None:
+    """The commit that a hub id stood for when it was loaded, read off the cache; of a folder on this machine, `revision`."""
+    if locate(path) is not None:
+        return revision
+    for file in ("config.json", "model_index.json"):
+        cached = try_to_load_from_cache(path, file, revision=revision)
+        if isinstance(cached, str):  # .../snapshots/COMMIT/FILE
+            return Path(cached).parent.name
+    return revision
 
 
 def _load(loader: Callable[..., Any], config: MLLMConfig, **options: Any) -> Any:

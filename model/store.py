@@ -20,6 +20,7 @@ from model.files import (
     write_json,
     write_tensors,
 )
+from model.hub import commit_of
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 
 FORMAT, VERSION = "querybridge.metaquery", 1
@@ -72,21 +73,15 @@ def _frozen(model: MetaQuery) -> dict[str, dict[str, Any]]:
     """Path, revision and sha256 of everything that the release needs and does not contain."""
     config = _portable(model.config)
     parts = {
-        "mllm": {
-            "path": config.mllm.path,
-            "revision": config.mllm.revision,
-            "sha256": model.mllm.fingerprint(),
-        },
-        "vae": {
-            "path": config.vae.path,
-            "revision": config.vae.revision,
-            "sha256": fingerprint(tensors_of(model.vae.autoencoder)),
-        },
+        "mllm": (config.mllm, model.mllm.fingerprint()),
+        "vae": (config.vae, fingerprint(tensors_of(model.vae.autoencoder))),
     }
     if config.decoder.path is not None:
-        revision = getattr(config.decoder, "revision", None)  # our SiT lies in a folder and has none
-        parts["decoder"] = {"path": config.decoder.path, "revision": revision, "sha256": model.decoder_sha256}
-    return parts
+        parts["decoder"] = (config.decoder, model.decoder_sha256)
+    return {
+        name: {"path": part.path, "revision": getattr(part, "revision", None), "sha256": sha256}
+        for name, (part, sha256) in parts.items()
+    }
 
 
 def _verify(recorded: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]], path: Path) -> None:
@@ -99,12 +94,12 @@ def _verify(recorded: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]
 
 
 def _portable(config: MetaQueryConfig) -> MetaQueryConfig:
-    decoder = config.decoder
-    if decoder.path is not None:
-        decoder = replace(decoder, path=portable(decoder.path))
-    return replace(
-        config,
-        mllm=replace(config.mllm, path=portable(config.mllm.path)),
-        vae=replace(config.vae, path=portable(config.vae.path)),
-        decoder=decoder,
-    )
+    """The config whose frozen parts others find: paths that move with the code, hub ids at the commit that was loaded."""
+    decoder = config.decoder if config.decoder.path is None else _pinned(config.decoder)
+    return replace(config, mllm=_pinned(config.mllm), vae=_pinned(config.vae), decoder=decoder)
+
+
+def _pinned(part: Any) -> Any:
+    if not hasattr(part, "revision"):  # our SiT lies in a folder and has none
+        return replace(part, path=portable(part.path))
+    return replace(part, path=portable(part.path), revision=commit_of(part.path, part.revision))

@@ -27,6 +27,8 @@ from train.task import LoaderTask, Task, engine_for, loader_for
 if TYPE_CHECKING:
     from train.config import Run
 
+DRAWN = ("t2i", "edit", "i2i", "instruct")  # tasks whose samples end in a picture to draw
+
 
 @dataclass(frozen=True)
 class MetaQueryTaskConfig:
@@ -42,8 +44,8 @@ class MetaQueryTaskConfig:
 
     def build(self, run: Run, ranks: Ranks) -> MetaQueryTask:
         """Load the frozen parts, make the others, and hand what trains to an engine."""
-        if run.data.task not in ("t2i", "edit"):
-            raise ValueError(f"data.task is {run.data.task}; a MetaQuery learns from t2i or edit")
+        if run.data.task not in DRAWN:
+            raise ValueError(f"data.task is {run.data.task}; a MetaQuery learns from {', '.join(DRAWN)}")
         model = build(self.model)
         if run.data.image_size != model.image_size:
             raise ValueError(f"data.image_size is {run.data.image_size}, the decoder draws {model.image_size}; give that")
