@@ -1,14 +1,21 @@
-"""MetaQuery runs: a frozen MLLM, learned queries and a connector drive a diffusion decoder."""
+"""MetaQuery runs: a frozen MLLM, learned queries and a connector drive a diffusion decoder.
+
+First the embedded default, then the published models (Pan et al. 2025): Base, Large and X-Large with Sana or Stable
+Diffusion 1.5, by the schedule of the paper, and `released` by that of its code. What they read is downloaded by the hub's
+own tool (`hf download ID`). Their parameters, memory and cost are in docs/recipes.md, by `python -m train.plan`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from configs.world import NOISE
+from data.dropout import Dropout
 from data.loader import Data, World
+from data.records import Task
 from data.shards import Shards
 from model.connector import ConnectorConfig
-from model.decoder import SiTDecoderConfig
+from model.decoder import DiffusersDecoderConfig, SiTDecoderConfig
 from model.metaquery import MetaQueryConfig
 from model.mllm import MLLMConfig
 from model.sit import SiTConfig
@@ -146,3 +153,237 @@ def tiny() -> Run:
         ema=EmaConfig(halflife_images=16),
         engine=EngineConfig(zero=1, precision="fp32"),
     )
+
+
+BASE = MLLMConfig("llava-hf/llava-onevision-qwen2-0.5b-ov-hf")
+LARGE = MLLMConfig("Qwen/Qwen2.5-VL-3B-Instruct", min_pixels=256 * 28**2, max_pixels=1280 * 28**2)
+XLARGE = MLLMConfig("Qwen/Qwen2.5-VL-7B-Instruct", min_pixels=256 * 28**2, max_pixels=1280 * 28**2)
+SANA = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
+SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+PAIRS, CC12M, INSTRUCT, OMNIEDIT = 25_000_000, 10_968_539, 2_400_000, 1_200_000  # samples of the sets that are named so
+PAPER = OptimConfig(lr=1e-4, weight_decay=0.1, warmup_steps=4000, floor=0.1)
+NODE = 8  # GPUs: the released batch sizes are those of one; on more of them, lower schedule.accumulation
+
+
+def base_sana() -> Run:
+    """Base: LLaVA-OneVision 0.5B, Sana 1.6B trained whole; 8 epochs of 25 million pairs in batches of 4096.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.base_sana
+    """
+    return _paper("base_sana", _sana(BASE), per_gpu=64)
+
+
+def large_sana() -> Run:
+    """Large: Qwen2.5-VL 3B, Sana 1.6B trained whole.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.large_sana
+    """
+    return _paper("large_sana", _sana(LARGE), per_gpu=32)
+
+
+def xlarge_sana() -> Run:
+    """X-Large: Qwen2.5-VL 7B, Sana 1.6B trained whole.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.xlarge_sana
+    """
+    return _paper("xlarge_sana", _sana(XLARGE), per_gpu=8)
+
+
+def base_sd() -> Run:
+    """Base with Stable Diffusion 1.5 frozen: queries and connector alone learn.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.base_sd
+    """
+    return _paper("base_sd", _sd(BASE), per_gpu=128)
+
+
+def large_sd() -> Run:
+    """Large with Stable Diffusion 1.5 frozen.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.large_sd
+    """
+    return _paper("large_sd", _sd(LARGE), per_gpu=64)
+
+
+def xlarge_sd() -> Run:
+    """X-Large with Stable Diffusion 1.5 frozen.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.xlarge_sd
+    """
+    return _paper("xlarge_sd", _sd(XLARGE), per_gpu=16)
+
+
+def base_sana_released() -> Run:
+    """Base by the released settings: 10 epochs of CC12M, 64 pictures a GPU.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.base_sana_released
+    """
+    return _released(base_sana(), "t2i", CC12M, epochs=10, per_gpu=64)
+
+
+def large_sana_released() -> Run:
+    """Large by the released settings: 32 pictures a GPU.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.large_sana_released
+    """
+    return _released(large_sana(), "t2i", CC12M, epochs=10, per_gpu=32)
+
+
+def xlarge_sana_released() -> Run:
+    """X-Large by the released settings: 8 pictures a GPU, half the learning rate.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.xlarge_sana_released
+    """
+    return _released(xlarge_sana(), "t2i", CC12M, epochs=10, per_gpu=8, lr=5e-5, floor=0.02)
+
+
+def base_sd_released() -> Run:
+    """Base with Stable Diffusion by the released settings: 128 pictures a GPU.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.base_sd_released
+    """
+    return _released(base_sd(), "t2i", CC12M, epochs=10, per_gpu=128)
+
+
+def large_sd_released() -> Run:
+    """Large with Stable Diffusion by the released settings, in which the queries do learn: 64 pictures a GPU.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.large_sd_released
+    """
+    return _released(large_sd(), "t2i", CC12M, epochs=10, per_gpu=64)
+
+
+def xlarge_sd_released() -> Run:
+    """X-Large with Stable Diffusion by the released settings, in which the queries do learn: 16 pictures a GPU.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.xlarge_sd_released
+    """
+    return _released(xlarge_sd(), "t2i", CC12M, epochs=10, per_gpu=16)
+
+
+def base_sana_instruct() -> Run:
+    """Instruction tuning on `base_sana`: pictures and an instruction to a picture, 3 epochs in batches of 2048. What is
+    drawn may keep the subject of the pictures: this is the subject-driven stage too.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.base_sana_instruct --task.init runs/base_sana/release
+    """
+    run = _stage(base_sana(), "base_sana_instruct", "instruct", INSTRUCT, epochs=3, batch_size=2048, per_gpu=16)
+    return replace(run, optim=PAPER)
+
+
+def base_sana_instruct_released() -> Run:
+    """The same by the released settings: 10 epochs, 16 pictures a GPU.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.base_sana_instruct_released --task.init runs/base_sana/release
+    """
+    return _released(base_sana(), "instruct", INSTRUCT, epochs=10, per_gpu=16, lr=5e-5, floor=0.02, warmup_steps=2000)
+
+
+def large_sana_instruct_released() -> Run:
+    """Instruction tuning on `large_sana` by the released settings: one picture a GPU.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.large_sana_instruct_released --task.init runs/large_sana/release
+    """
+    return _released(large_sana(), "instruct", INSTRUCT, epochs=10, per_gpu=1, warmup_steps=2000)
+
+
+def base_sana_edit() -> Run:
+    """Editing on `base_sana`: 1,000 steps. The instruction is dropped as well as the picture, so that both branches of
+    guidance are trained (the official stage never drops it).
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.base_sana_edit --task.init runs/base_sana/release
+    """
+    run = _stage(base_sana(), "base_sana_edit", "edit", OMNIEDIT, epochs=1, batch_size=2048, per_gpu=32)
+    return replace(run, schedule=replace(run.schedule, steps=1000), optim=replace(PAPER, warmup_steps=100))
+
+
+def base_sana_edit_released() -> Run:
+    """Editing by the released settings: 5 epochs, 32 pictures a GPU.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.base_sana_edit_released --task.init runs/base_sana/release
+    """
+    return _released(base_sana(), "edit", OMNIEDIT, epochs=5, per_gpu=32)
+
+
+def base_sana_reconstruct() -> Run:
+    """Reconstruction on `base_sana`: a picture is drawn from itself, without words.
+
+    torchrun --nproc-per-node 8 -m train.run metaquery.base_sana_reconstruct --task.init runs/base_sana/release
+    """
+    run = _stage(base_sana(), "base_sana_reconstruct", "i2i", CC12M, epochs=1, batch_size=2048, per_gpu=32)
+    return replace(run, optim=replace(PAPER, warmup_steps=1000))
+
+
+def _sana(mllm: MLLMConfig) -> MetaQueryConfig:
+    decoder = DiffusersDecoderConfig(SANA, dtype="bfloat16", activation_checkpointing=True)
+    return _published(mllm, decoder, queries=256, trainable=("*",))
+
+
+def _sd(mllm: MLLMConfig) -> MetaQueryConfig:
+    decoder = DiffusersDecoderConfig(SD, dtype="bfloat16", activation_checkpointing=True)
+    return _published(mllm, decoder, queries=77, trainable=())
+
+
+def _published(
+    mllm: MLLMConfig, decoder: DiffusersDecoderConfig, queries: int, trainable: tuple[str, ...]
+) -> MetaQueryConfig:
+    return MetaQueryConfig(
+        mllm=mllm,
+        decoder=decoder,
+        vae=VAEConfig(decoder.path, dtype="bfloat16"),
+        queries=queries,
+        connector=ConnectorConfig(layers=24, activation_checkpointing=True),
+        trainable=trainable,
+    )
+
+
+def _paper(name: str, model: MetaQueryConfig, per_gpu: int) -> Run:
+    """Pre-training as the paper has it: 25 million pairs 8 times, 4096 at a time, on a node in portions of `per_gpu`."""
+    prompts = ("a red circle left of a blue square", "a cat that reads a newspaper", "the word HELLO on a wall")
+    run = Run(
+        name=name,
+        task=MetaQueryTaskConfig(model, preview=PreviewConfig(prompts)),
+        optim=PAPER,
+        ema=EmaConfig(halflife_images=500_000),
+        engine=EngineConfig(zero=1, precision="bf16", clip_norm=0.5),
+    )
+    return _stage(run, name, "t2i", PAIRS, epochs=8, batch_size=4096, per_gpu=per_gpu)
+
+
+DROPOUT: dict[Task, Dropout] = {
+    "t2i": Dropout(text=0.1),
+    "i2i": Dropout(text=0.0, image=0.1),
+    "edit": Dropout(text=0.05, image=0.05, both=0.05),
+    "instruct": Dropout(text=0.1, image=0.1, both=0.1),
+}
+
+
+def _stage(run: Run, name: str, task: Task, samples: int, epochs: int, batch_size: int, per_gpu: int) -> Run:
+    """`run` on the shards of a task, so many epochs of so many samples."""
+    return replace(
+        run,
+        name=name,
+        data=Data(sources=(Shards(f"shards/{task}/*.tar"),), task=task, image_size=512, dropout=DROPOUT[task], workers=8),
+        schedule=Schedule(
+            steps=samples * epochs // batch_size,
+            batch_size=batch_size,
+            accumulation=batch_size // (NODE * per_gpu),
+            save_every=1000,
+        ),
+    )
+
+
+def _released(
+    run: Run,
+    task: Task,
+    samples: int,
+    epochs: int,
+    per_gpu: int,
+    lr: float = 1e-4,
+    floor: float = 0.1,
+    warmup_steps: int = 5000,
+) -> Run:
+    """`run` by the settings of the released code, on one node of 8 GPUs (it does not say how many there were)."""
+    name = f"{run.name}_released" if task == "t2i" else f"{run.name}_{task}_released"
+    staged = _stage(run, name, task, samples, epochs, per_gpu * NODE, per_gpu)
+    return replace(staged, optim=replace(PAPER, lr=lr, floor=floor, warmup_steps=warmup_steps))

@@ -35,13 +35,13 @@ class SiTDecoderConfig:
 DecoderConfig = SiTDecoderConfig | DiffusersDecoderConfig
 
 
-def build_decoder(config: DecoderConfig) -> "Decoder":
-    """The decoder that `config` describes, trained where it names a folder."""
+def build_decoder(config: DecoderConfig, weights: bool = True) -> "Decoder":
+    """The decoder that `config` describes, trained where it names one; without `weights` a fresh one of its shape."""
     if isinstance(config, DiffusersDecoderConfig):
-        return load_diffusers_decoder(config)
+        return load_diffusers_decoder(config, weights)
     if (config.path is None) == (config.sit is None):
         raise ValueError("decoder.path and decoder.sit: give one, a trained SiT's folder or the shape of a fresh one")
-    return SiTDecoder(load_sit(config.path) if config.path is not None else SiT(config.sit))  # type: ignore[arg-type]
+    return SiTDecoder(load_sit(config.path, weights) if config.path is not None else SiT(config.sit))  # type: ignore[arg-type]
 
 
 class SiTDecoder(nn.Module):
@@ -81,12 +81,15 @@ def save_sit(folder: Path, sit: SiT, beside: Mapping[str, Mapping[str, Tensor]] 
             write_tensors(draft / name, tensors)
 
 
-def load_sit(path: str) -> SiT:
-    """The SiT that `save_sit` wrote; ValueError when it is missing or does not fit its config."""
+def load_sit(path: str, weights: bool = True) -> SiT:
+    """The SiT that `save_sit` wrote, or without `weights` a fresh one of its shape; ValueError when it is missing or does
+    not fit its config."""
     folder = locate(path)
     if folder is None:
         raise ValueError(f"decoder.path {path!r} does not exist; name a trained SiT's folder, or run make assets")
     sit = SiT(parse_config(SiTConfig, read_json(folder / "config.json"), folder / "config.json"))
+    if not weights:
+        return sit
     tensors = read_tensors(folder / "model.safetensors")
     match(tensors, sit.state_dict(), folder / "model.safetensors")
     sit.load_state_dict(tensors)

@@ -14,7 +14,6 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
-    ModelMixin,
     SanaTransformer2DModel,
     UNet2DConditionModel,
 )
@@ -134,16 +133,16 @@ class AuraFlow(DiffusersDecoder):
         return t
 
 
-_FAMILIES: dict[str, tuple[type[DiffusersDecoder], type[ModelMixin]]] = {
+_FAMILIES: dict[str, tuple[type[DiffusersDecoder], Any]] = {
     "SanaTransformer2DModel": (Sana, SanaTransformer2DModel),
     "UNet2DConditionModel": (StableDiffusion, UNet2DConditionModel),
     "AuraFlowTransformer2DModel": (AuraFlow, AuraFlowTransformer2DModel),
 }
 
 
-def load_diffusers_decoder(config: DiffusersDecoderConfig) -> DiffusersDecoder:
-    """The trained network of the pipeline that `config` names, on CPU. ValueError when it is missing or of a class we do not
-    know."""
+def load_diffusers_decoder(config: DiffusersDecoderConfig, weights: bool = True) -> DiffusersDecoder:
+    """The trained network of the pipeline that `config` names, on CPU; without `weights` a fresh one of its shape, on
+    torch's default device. ValueError when it is missing or of a class we do not know."""
     source = Source("decoder.path", config.path, config.revision)
     index = fetched(source, DiffusionPipeline.load_config)
     classes = {part[1] for part in index.values() if isinstance(part, list | tuple) and len(part) == 2}
@@ -153,13 +152,11 @@ def load_diffusers_decoder(config: DiffusersDecoderConfig) -> DiffusersDecoder:
             f"decoder.path {config.path!r} is a {index.get('_class_name')}; supported are {', '.join(_FAMILIES)}"
         )
     family, network = _FAMILIES[known[0]]
-    model = fetched(
-        source,
-        network.from_pretrained,
-        subfolder=family.component,
-        torch_dtype=getattr(torch, config.dtype),
-        use_safetensors=True,
-    )
+    dtype, part = getattr(torch, config.dtype), {"subfolder": family.component}
+    if weights:
+        model = fetched(source, network.from_pretrained, torch_dtype=dtype, use_safetensors=True, **part)
+    else:
+        model = nn.Module.to(network.from_config(fetched(source, network.load_config, **part)), dtype)
     return family(config, model, scheduler_noise(source))
 
 

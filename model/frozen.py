@@ -6,7 +6,9 @@ or goes on from a cache, and its `lm_head` names the next token; what differs be
 (model/mllm.py). Letters: B batch, P prefix tokens, Q queries, D width, V vocabulary."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -39,6 +41,7 @@ class Prefilled:
     mask: Tensor  # [B, P] bool
     next_positions: Tensor  # [B] long: where the next token stands
     states: Tensor  # [B, P, D] after the last norm
+    padded: bool = True  # whether any row of the prefix is
 
     @property
     def batch_size(self) -> int:
@@ -52,6 +55,7 @@ class Prefilled:
             mask=self.mask[index],
             next_positions=self.next_positions[index],
             states=self.states[index],
+            padded=self.padded,
         )
 
     def last_states(self, count: int) -> Tensor:
@@ -72,11 +76,14 @@ class FrozenMLLM:
         self.model: Any = model.eval().requires_grad_(False)  # Any: its annotations lag behind its signatures
         self.builder = builder
         self.prefills = 0  # how often a prefix was read, for tests and reports
-        embeddings = self.model.get_input_embeddings().weight  # [V, D]
-        self.width: int = embeddings.shape[1]
+        self.width: int = self.model.get_input_embeddings().weight.shape[1]  # D
         self.context: int = self.model.config.get_text_config().max_position_embeddings  # its longest sequence, in tokens
-        self.embedding_std = float(embeddings[: 1 << 14].float().std())  # queries start like the token embeddings
         self._ends = _end_ids(self.model.generation_config.eos_token_id, builder.tokenizer.eos_token_id)
+
+    @cached_property
+    def embedding_std(self) -> float:
+        """Of the token embeddings; queries start like them."""
+        return float(self.model.get_input_embeddings().weight[: 1 << 14].float().std())
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +106,7 @@ class FrozenMLLM:
             mask=prefix.mask,
             next_positions=_ends_at(prefix) + 1,
             states=out.last_hidden_state,
+            padded=prefix.padded,
         )
 
     def read(self, prefix: Prefix | Prefilled, queries: Tensor) -> Tensor:
@@ -116,7 +124,8 @@ class FrozenMLLM:
         tail = queries.to(self.device, self.model.dtype).expand(batch, -1, -1)  # [B, Q, D]
         embeds = torch.cat([self.model.get_input_embeddings()(given.pop("input_ids")), tail], dim=1)  # [B, P + Q, D]
         positions = self._on_axes(_steps(_ends_at(prefix) + 1, count))
-        given["attention_mask"] = torch.cat([prefix.mask, prefix.mask.new_ones(batch, count)], dim=1)
+        if prefix.padded:
+            given["attention_mask"] = torch.cat([prefix.mask, prefix.mask.new_ones(batch, count)], dim=1)
         given["position_ids"] = torch.cat([prefix.positions, positions], dim=-1)
         with _own_dtype(self.device):
             states = self.model.model(inputs_embeds=embeds, **given, use_cache=False).last_hidden_state
@@ -182,11 +191,14 @@ class FrozenMLLM:
 
     def _continue(self, known: Prefilled, cache: DynamicCache, embeds: Tensor, positions: Tensor) -> Tensor:
         """States [B, Q, D] of embeds [B, Q, D] at positions [B, Q] that follow what `cache` holds."""
-        seen = cache.get_seq_length() - known.mask.shape[1] + embeds.shape[1]  # tokens after the prefix
+        mask = None
+        if known.padded:
+            seen = cache.get_seq_length() - known.mask.shape[1] + embeds.shape[1]  # tokens after the prefix
+            mask = torch.cat([known.mask, known.mask.new_ones(known.batch_size, seen)], dim=1)
         with _own_dtype(self.device):
             out = self.model.get_decoder()(
                 inputs_embeds=embeds,
-                attention_mask=torch.cat([known.mask, known.mask.new_ones(known.batch_size, seen)], dim=1),
+                attention_mask=mask,
                 position_ids=self._on_axes(positions),
                 past_key_values=cache,
                 use_cache=True,
@@ -218,7 +230,7 @@ class FrozenMLLM:
 
 def _own_dtype(device: torch.device) -> Any:
     """The frozen model computes in its own dtype, in training as in chat, whatever autocast surrounds it."""
-    return torch.autocast(device.type, enabled=False)
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _ends_at(prefix: Prefix) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.assets import fingerprint
 from model.connector import Connector, ConnectorConfig
 from model.decoder import Decoder, DecoderConfig, build_decoder
-from model.mllm import FrozenMLLM, MLLMConfig, Prefilled, load
+from model.mllm import FrozenMLLM, MLLMConfig, Prefilled, load, outline
 from model.noise import NoiseConfig, Noising, build_noising
 from model.prefix import Prefix
 from model.queries import Queries
@@ -71,7 +71,8 @@ class MetaQuery(nn.Module):
         choose_trainable(self.decoder, (*config.trainable, *decoder.trains), "decoder parameter")
         own = self.own_tensors().keys()
         # Taken now: a bf16 engine rounds what it does not train, and a release names what was loaded.
-        self.decoder_sha256 = fingerprint({name: t for name, t in self.state_dict().items() if name not in own})
+        frozen = {name: tensor for name, tensor in self.state_dict().items() if name not in own}
+        self.decoder_sha256 = "" if any(tensor.is_meta for tensor in frozen.values()) else fingerprint(frozen)
 
     @overload
     def forward(self, prefix: Prefix | Prefilled, x_t: Tensor, t: Tensor) -> Tensor: ...
@@ -114,7 +115,18 @@ def build(config: MetaQueryConfig, mllm: FrozenMLLM | None = None, vae: LatentVA
     """Load the frozen parts that are not given, make the others fresh (a decoder with a path comes trained)."""
     mllm = mllm if mllm is not None else load(config.mllm)
     vae = vae if vae is not None else load_vae(config.vae)
-    decoder = build_decoder(config.decoder)
+    return assemble(config, mllm, vae, build_decoder(config.decoder), mllm.embedding_std)
+
+
+def blueprint(config: MetaQueryConfig) -> MetaQuery:
+    """The same on torch's meta device: every shape and no weights, of which none are read or downloaded."""
+    with torch.device("meta"):
+        parts = outline(config.mllm), load_vae(config.vae, weights=False), build_decoder(config.decoder, weights=False)
+        return assemble(config, *parts, embedding_std=1.0)
+
+
+def assemble(config: MetaQueryConfig, mllm: FrozenMLLM, vae: LatentVAE, decoder: Decoder, embedding_std: float) -> MetaQuery:
+    """Fresh queries and connector between these parts. Raises ValueError when they do not fit each other."""
     if decoder.latent_shape[0] != vae.latent_channels:
         raise ValueError(
             f"the decoder draws latents of {decoder.latent_shape[0]} channels and vae.path "
@@ -127,6 +139,6 @@ def build(config: MetaQueryConfig, mllm: FrozenMLLM | None = None, vae: LatentVA
             f"queries is {config.queries} and the decoder takes {decoder.condition_tokens} conditioning tokens; "
             "lower queries or raise the decoder's condition_tokens"
         )
-    queries = Queries(config.queries, mllm.width, mllm.embedding_std) if config.read == "queries" else None
+    queries = Queries(config.queries, mllm.width, embedding_std) if config.read == "queries" else None
     connector = Connector(config.connector, mllm.width, decoder.condition_width, decoder.condition_gain)
     return MetaQuery(config, mllm, vae, queries, connector, decoder)

@@ -3,6 +3,8 @@
 A new family of one position axis that transformers can process needs nothing; one that does not is a class beside those of
 model/families.py, and a line in the table below."""
 
+from typing import cast
+
 import torch
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -34,6 +36,20 @@ def load(config: MLLMConfig) -> FrozenMLLM:
     family = _family(config)
     model = from_pretrained(family.model_class, config, dtype=getattr(torch, config.dtype))
     return family(config, model, family.make_builder(config))
+
+
+def outline(config: MLLMConfig) -> FrozenMLLM:
+    """A fresh model of the shape that `config` names, on torch's default device; it reads prefixes, and makes none."""
+    family = _family(config)
+    model = family.model_class.from_config(from_pretrained(AutoConfig, config), dtype=getattr(torch, config.dtype))
+    return family(config, model, cast(PrefixBuilder, _NoBuilder))
+
+
+class _NoBuilder:
+    image_id = None
+
+    class tokenizer:
+        eos_token_id = None
 
 
 def load_builder(config: MLLMConfig) -> PrefixBuilder:

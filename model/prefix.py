@@ -56,6 +56,7 @@ class Prefix:
     positions: Tensor  # [3, B, P] long (time, height, width), or [B, P] for models with one axis
     images: Mapping[str, Tensor] = field(default_factory=dict)  # by the model's argument names, of all rows in order
     image_splits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # how much of the first axis is each row's
+    padded: bool = True  # whether any row is; known here, where asking costs nothing
 
     @property
     def batch_size(self) -> int:
@@ -64,7 +65,8 @@ class Prefix:
     def arguments(self) -> dict[str, Tensor]:
         """The prefix as the keyword arguments of a transformers model. Positions are explicit: some models would keep
         their own guess between calls."""
-        return {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions, **self.images}
+        mask = {"attention_mask": self.mask} if self.padded else {}  # a mask of ones would cost the fast attention
+        return {"input_ids": self.ids, **mask, "position_ids": self.positions, **self.images}
 
     def to(self, device: torch.device | str) -> "Prefix":
         """The same prefix with its tensors on `device`."""
@@ -81,7 +83,7 @@ class Prefix:
         index = torch.tensor(list(rows), device=self.ids.device)
         parts = {name: tensor.split(self.image_splits[name]) for name, tensor in self.images.items()}
         images, splits = join([{name: part[row] for name, part in parts.items() if len(part[row])} for row in rows])
-        return Prefix(self.ids[index], self.mask[index], self.positions[..., index, :], images, splits)
+        return Prefix(self.ids[index], self.mask[index], self.positions[..., index, :], images, splits, self.padded)
 
 
 def join(rows: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
@@ -157,7 +159,8 @@ class PrefixBuilder:
         targets = self._pad([row.targets for row in rows], IGNORED)  # [B, P]
         mask = self._pad([[1] * len(row.ids) for row in rows], 0).bool()  # [B, P]
         images, splits = join([what.tensors for what in seen])
-        return Prefix(ids, mask, self.positions(ids, mask, images), images, splits), targets
+        padded = len({len(row.ids) for row in rows}) > 1
+        return Prefix(ids, mask, self.positions(ids, mask, images), images, splits, padded), targets
 
     def _see(self, images: list[Image.Image]) -> Seen:
         if not images:

@@ -7,11 +7,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
     AutoTokenizer,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLModel,
     Qwen2VLImageProcessorPil,
-    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
 )
 
@@ -23,7 +22,7 @@ from model.prefix import PrefixBuilder, Seen
 class Qwen2_5_VL(FrozenMLLM):
     """Qwen2.5-VL (Bai et al. 2025) of any size."""
 
-    model_class: Any = Qwen2_5_VLForConditionalGeneration
+    model_class: Any = AutoModelForImageTextToText
     position_axes = 3
     base_class: Any = Qwen2_5_VLModel
 
@@ -38,7 +37,6 @@ class Qwen2_5_VL(FrozenMLLM):
 class Qwen3_VL(Qwen2_5_VL):
     """Qwen3-VL (2025): what its vision tower sees enters several layers, all of them during the prefill."""
 
-    model_class = Qwen3VLForConditionalGeneration
     base_class = Qwen3VLModel
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.assets import locate
 from model.hub import Source, fetched
@@ -26,14 +26,19 @@ class VAEConfig:
 _CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
 
 
-def load_vae(config: VAEConfig) -> "LatentVAE":
-    """The frozen autoencoder on CPU; ValueError when it is missing or of a class we do not know."""
+def load_vae(config: VAEConfig, weights: bool = True) -> "LatentVAE":
+    """The frozen autoencoder on CPU; without `weights` a fresh one of its shape, on torch's default device. ValueError when
+    it is missing or of a class we do not know."""
     source = Source("vae.path", config.path, config.revision)
     options = {} if _lies_open(source) else {"subfolder": "vae"}
-    name = fetched(source, AutoencoderKL.load_config, **options).get("_class_name")
+    settings = fetched(source, AutoencoderKL.load_config, **options)
+    name, dtype = settings.get("_class_name"), getattr(torch, config.dtype)
     if name not in _CLASSES:
         raise ValueError(f"vae.path {config.path!r} is a {name}; supported are {', '.join(_CLASSES)}")
-    options |= {"torch_dtype": getattr(torch, config.dtype), "use_safetensors": True, "low_cpu_mem_usage": False}
+    if not weights:
+        autoencoder: Any = _CLASSES[name].from_config(settings)
+        return LatentVAE(nn.Module.to(autoencoder, dtype))  # diffusers' own `to` warns of what it does not do
+    options |= {"torch_dtype": dtype, "use_safetensors": True, "low_cpu_mem_usage": False}
     return LatentVAE(fetched(source, _CLASSES[name].from_pretrained, **options))
 
 
@@ -55,9 +60,9 @@ class LatentVAE:
     The statistics come from its own config: `latents_mean` and `latents_std` per channel where present, else the
     scalar `shift_factor` and `scaling_factor`."""
 
-    def __init__(self, autoencoder: AutoencoderKL | AutoencoderDC):
+    def __init__(self, autoencoder: Any):
         # Any: diffusers' annotations know neither its configs nor its outputs
-        self.autoencoder: Any = autoencoder.eval().requires_grad_(False)
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
         config = self.autoencoder.config
         self.latent_channels: int = config.latent_channels
         blocks = config.get("block_out_channels") or config.encoder_block_out_channels

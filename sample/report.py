@@ -53,7 +53,7 @@ def section(path: Path, measures: dict[str, Measure]) -> str:
 
 
 def comparison(folder: Path) -> str:
-    """A line for each file of a folder, a column for each measure that any of them holds; controls are left out.
+    """The files of a folder side by side, with each measure that any of them holds; controls are left out.
 
     Raises:
         ValueError: the folder holds no file of measures.
@@ -63,11 +63,11 @@ def comparison(folder: Path) -> str:
         raise ValueError(f"{folder} holds no .json file of measures; name a folder that a measuring command filled")
     held = dict.fromkeys(name for measures in files.values() for name in measures)
     names = [name for name in held if not CONTROLS & {*name.split(".")}]
-    lines = [
-        f"| | {' | '.join(names)} |",
-        "|---" * (len(names) + 1) + "|",
-        *(f"| {file} | {' | '.join(_cell(measures, name) for name in names)} |" for file, measures in files.items()),
-    ]
+    table = [["", *names], *([file, *(_cell(measures, name) for name in names)] for file, measures in files.items())]
+    if len(names) > len(files):  # the longer side runs down the page
+        table = [list(column) for column in zip(*table, strict=True)]
+    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    lines.insert(1, "|---" * len(table[0]) + "|")
     return f"## {folder.name}\n\n{_command(folder)}" + "\n".join(lines) + "\n"
 
 

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 -m train.run metaquery.world --engine.zero 2
     deepspeed --module train.run metaquery.world
     python -m train.run runs/world/run.json          # what an earlier run wrote
+    python -m train.run metaquery.base_sana --plan --world 8   # parameters, memory and FLOP, before anything is read
 
 The same command again goes on where the run stopped. `python -m train.run NAME --help` lists every setting.
 Exit codes: 0 finished, 1 diverged, 2 bad input, 75 stopped by a signal after saving.
@@ -31,11 +32,17 @@ from train.loop import fit
 from train.ranks import start
 
 DIVERGED, INTERRUPTED = 1, 75
+PLAN = "--plan"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train one run to its end. Raises ValueError for what the user can mend, SystemExit for the other exit codes."""
-    run = parse(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    if PLAN in words:
+        from train import plan
+
+        return plan.main([word for word in words if word != PLAN])
+    run = parse(words)
     ranks = start(run.engine.timeout_seconds)
     torch.manual_seed(run.seed)
     task = run.task.build(run, ranks)

@@ -1,0 +1,205 @@
+"""A run -> what it will take, before any weight is read: parameters, memory of a rank, FLOP of a picture.
+
+    python -m train.plan metaquery.xlarge_sana --world 8 --prefix-tokens 150
+    python -m train.run metaquery.xlarge_sana --plan --world 8          # the same
+
+Every part is built at its full size on torch's meta device, where a step runs without computing: what FLOP it takes and what
+it keeps for the backward pass is counted from the step itself. Models of the recipes need no download for it: their shapes
+lie in assets/shapes. Pictures in a prompt count as prefix tokens; what the vision tower takes for them is not counted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.assets import locate
+from model.metaquery import MetaQuery, MetaQueryConfig, blueprint
+from model.prefix import Prefix
+from sample import cli
+from sample.measures import Measure, show, write_json
+from train.config import Run
+from train.engine import EngineConfig, micro_batch_size
+from train.metaquery import MetaQueryTaskConfig
+from train.tell import TellTaskConfig
+
+SHAPES = "assets/shapes"
+GRADIENT_BYTES = {"fp32": 4, "autocast": 4, "bf16": 2}  # of a weight, and of its gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Tell what a MetaQuery run takes; every other option is the run's own."""
+
+    world: int = 1
+    """Ranks that train together."""
+    prefix_tokens: int = 150
+    """Tokens of a prompt, with its pictures'."""
+    json: Path | None = None
+    """Where to write the measures."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the plan of the run that the command line names, and writes it where told.
+
+    Raises:
+        ValueError: the run is no MetaQuery run, a number is below 1, or parts do not fit.
+    """
+    from train.run import parse
+
+    words = sys.argv[1:] if argv is None else argv
+    args, rest = tyro.cli(Args, args=words, description=__doc__, return_unknown_args=True)
+    if args.world < 1 or args.prefix_tokens < 1:
+        raise ValueError("give --world and --prefix-tokens of at least 1")
+    run = parse(rest)
+    measures = plan(run, args.world, args.prefix_tokens)
+    show(f"{run.name} on {args.world} rank(s), ZeRO {run.engine.zero}, {args.prefix_tokens} prefix tokens", measures)
+    if args.json is not None:
+        write_json(args.json, measures)
+
+
+def plan(run: Run, world: int, prefix_tokens: int) -> dict[str, Measure]:
+    """Parameters of each part, bytes on each rank by kind, FLOP of a picture by part, tokens of a step."""
+    if not isinstance(run.task, MetaQueryTaskConfig | TellTaskConfig):
+        raise ValueError(f"{run.name} is no MetaQuery run; --plan knows those alone")
+    size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, world)
+    model = blueprint(shaped(run.task.model))
+    flop, kept = costs(model, prefix_tokens)
+    rank = memory(model, run.engine, world) | {"activations": size * sum(kept.values())}
+    tokens = prefix_tokens + run.task.model.queries
+    measures = {f"plan.{part}.parameters": _count(_size(module)) for part, module in parts(model).items()}
+    measures |= {f"plan.{part}.trained": _count(_trained(module)) for part, module in parts(model).items()}
+    measures |= {f"plan.rank.{kind}.bytes": Measure(number, unit="B") for kind, number in rank.items()}
+    measures["plan.rank.bytes"] = Measure(sum(rank.values()), unit="B")
+    measures |= {f"plan.{part}.flop": Measure(number, unit="FLOP") for part, number in flop.items()}
+    measures["plan.picture.flop"] = Measure(sum(flop.values()), unit="FLOP")
+    measures["plan.step.flop"] = Measure(run.schedule.batch_size * sum(flop.values()), unit="FLOP")
+    measures["plan.step.tokens"] = _count(run.schedule.batch_size * tokens)
+    measures["plan.run.flop"] = Measure(run.schedule.steps * measures["plan.step.flop"].value, unit="FLOP")
+    return measures
+
+
+def shaped(config: MetaQueryConfig) -> MetaQueryConfig:
+    """The config whose hub ids are the shapes that lie with the code, where they do."""
+    decoder = config.decoder if config.decoder.path is None else _shaped(config.decoder)
+    return replace(config, mllm=_shaped(config.mllm), vae=_shaped(config.vae), decoder=decoder)
+
+
+def parts(model: MetaQuery) -> dict[str, nn.Module | None]:
+    """The modules by the names of the plan."""
+    return {
+        "mllm": model.mllm.model,
+        "vae": model.vae.autoencoder,
+        "queries": model.queries,
+        "connector": model.connector,
+        "decoder": model.decoder,
+    }
+
+
+def memory(model: MetaQuery, engine: EngineConfig, world: int) -> dict[str, float]:
+    """Bytes on a rank by kind, activations aside. What ZeRO shards (Rajbhandari et al. 2020): from 1 on the optimizer's
+    float32 copy, its two moments and the average; from 2 on the gradients; at 3 the weights."""
+    trained, zero, width = _trained(model), engine.zero, GRADIENT_BYTES[engine.precision]
+    outside = sum(_bytes(part) for part in (model.mllm.model, model.vae.autoencoder))
+    held = {part: world if zero >= stage else 1 for part, stage in (("state", 1), ("gradients", 2), ("weights", 3))}
+    copies = 4 if zero else 3  # float32: the master weights, except at stage 0, where the weights are their own
+    return {
+        "frozen": outside + (_size(model) - trained) * (2 if engine.precision == "bf16" else 4) / held["weights"],
+        "weights": trained * width / held["weights"],
+        "gradients": trained * width / held["gradients"],
+        "optimizer": trained * 4 * copies / held["state"],
+    }
+
+
+def costs(model: MetaQuery, prefix_tokens: int) -> tuple[dict[str, float], dict[str, float]]:
+    """FLOP of one picture by part, forward and backward, and the bytes it keeps for the backward pass."""
+    channels, height, width = model.latent_shape
+    side = (model.image_size, model.image_size)
+    with torch.device("meta"):
+        prefix = _prefix(model, prefix_tokens)
+        vectors = torch.zeros(model.config.queries, model.mllm.width, requires_grad=True)
+        known = model.mllm.prefill(prefix)
+        states = torch.zeros(1, model.config.queries, model.mllm.width, requires_grad=True)
+        condition = torch.zeros(1, model.config.queries, model.decoder.condition_width, requires_grad=True)
+        x_t, t = torch.zeros(1, channels, height, width), torch.zeros(1)
+        steps: dict[str, Callable[[], Tensor]] = {
+            "vae": lambda: model.vae.encode(torch.zeros(1, 3, *side)),
+            "prefix": lambda: model.mllm.prefill(prefix).states,
+            "queries": lambda: model.mllm.read(known, vectors),
+            "connector": lambda: model.connector(states),
+            "decoder": lambda: model.decoder(x_t, t, condition),
+        }
+        if model.queries is None:
+            del steps["queries"]
+        counted = {part: _cost(step) for part, step in steps.items()}
+    return {part: flop for part, (flop, _) in counted.items()}, {part: kept for part, (_, kept) in counted.items()}
+
+
+def _cost(step: Callable[[], Tensor]) -> tuple[float, float]:
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+            alive.append(tensor)
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    own = {torch.ops.aten.convolution_backward: _convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=own) as counter:
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            made = step()
+        if made.requires_grad:
+            made.sum().backward()
+    return float(counter.get_total_flops()), float(sum(kept.values()))
+
+
+def _convolution_backward(
+    grad_shape: Sequence[int], x_shape: Sequence[int], weight_shape: Sequence[int], *rest: Any, **_: Any
+) -> int:
+    """Once the forward's FLOP for each gradient that is asked for; torch 2.13 forgets the groups of a depthwise one."""
+    output_mask = rest[7]
+    return 2 * prod(grad_shape) * prod(weight_shape[1:]) * sum(output_mask[:2])
+
+
+def _prefix(model: MetaQuery, tokens: int) -> Prefix:
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    axes = model.mllm.position_axes
+    positions = ids if axes is None else ids.expand(axes, -1, -1)
+    return Prefix(ids, torch.ones(1, tokens, dtype=torch.bool), positions, padded=False)
+
+
+def _shaped(part: Any) -> Any:
+    lying = locate(part.path) is None and locate(f"{SHAPES}/{part.path}") is not None
+    return replace(part, path=f"{SHAPES}/{part.path}") if lying else part
+
+
+def _size(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+
+
+def _trained(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def _count(number: float) -> Measure:
+    return Measure(number)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
