@@ -130,9 +130,9 @@ class Diffusion:
 
     def __init__(self, config: DiffusionConfig = DiffusionConfig()):
         self.config = config
-        root = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.train_steps, dtype=torch.float64)
-        log_abar = torch.log1p(-(root**2)).cumsum(0)
-        self._log_abar = torch.cat([torch.zeros(1, dtype=torch.float64), log_abar])  # [K + 1], entry 0 is data
+        root = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.train_steps)
+        log_abar = np.concatenate([[0.0], np.log1p(-(root**2)).cumsum()])
+        self._log_abar = torch.from_numpy(log_abar)  # [K + 1] float64 on the CPU, whatever torch's device; entry 0 is data
 
     def times(self, index: Tensor, seed: int) -> Tensor:
         steps = self.config.train_steps
