@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from data.interval import wilson
 from model.files import write_whole
 
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 
 
@@ -71,17 +72,27 @@ def show(title: str, measures: Mapping[str, Measure], console: Console | None = 
     numbers = [Column(heading, justify="right") for heading in ("value", "95 % interval", "n")]
     table = Table("measure", *numbers, title=title, title_justify="left")
     for name, measure in measures.items():
-        table.add_row(name, *_cells(measure))
+        table.add_row(name, value_of(measure), interval_of(measure), str(measure.n))
     (console or Console()).print(table)
 
 
-def _cells(measure: Measure) -> tuple[str, str, str]:
-    is_share = measure.unit == "share"
+def value_of(measure: Measure) -> str:
+    """The value as people read it: `97.5 %`, `1.604 G`, `22.91 TFLOP`."""
+    if measure.unit == "share":
+        return f"{_number(measure.value, 'share')} %"
+    thousands = max(0, int(math.log10(abs(measure.value)) // 3)) if measure.value else 0
+    if abs(measure.value) < 1e5 or thousands >= len(PREFIXES):
+        return f"{_number(measure.value, '')} {measure.unit}".rstrip()
+    return f"{_number(measure.value / 1000**thousands, '')} {PREFIXES[thousands]}{measure.unit}"
 
-    def say(x: float) -> str:
-        return f"{100 * x:.1f}" if is_share else f"{x:.4g}"
 
-    value = say(measure.value) + (" %" if is_share else f" {measure.unit}".rstrip())
+def interval_of(measure: Measure) -> str:
+    """`86.5 to 98.9` with the unit of a share; empty where no interval is known."""
     if measure.low is None or measure.high is None:
-        return value, "", str(measure.n)
-    return value, f"{say(measure.low)} to {say(measure.high)}", str(measure.n)
+        return ""
+    low, high = (_number(x, measure.unit) for x in (measure.low, measure.high))
+    return f"{low} to {high}" + (" %" if measure.unit == "share" else "")
+
+
+def _number(x: float, unit: str) -> str:
+    return f"{100 * x:.1f}" if unit == "share" else f"{x:.4g}"

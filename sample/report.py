@@ -15,7 +15,7 @@ from tyro.conf import Positional
 
 from model.files import write_whole
 from sample.cli import run
-from sample.measures import Measure, read_json
+from sample.measures import Measure, interval_of, read_json, value_of
 
 CONTROLS = {"empty", "blank", "chance"}  # parts of the names of measures of what a model that does not look would earn
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def section(path: Path, measures: dict[str, Measure]) -> str:
     """One file as a heading, the command that made it, and a table."""
-    rows = [f"| {name} | {_value(m)} | {_interval(m)} | {m.n} |" for name, m in measures.items()]
+    rows = [f"| {name} | {value_of(m)} | {interval_of(m)} | {m.n} |" for name, m in measures.items()]
     return (
         f"## {path.stem}\n\n{_command(path)}| measure | value | 95 % interval | n |\n|---|---|---|---|\n"
         + "\n".join(rows)
@@ -77,21 +77,7 @@ def _command(path: Path) -> str:
 
 
 def _cell(measures: dict[str, Measure], name: str) -> str:
-    return _value(measures[name]) if name in measures else ""
-
-
-def _value(measure: Measure) -> str:
-    if measure.unit == "share":
-        return f"{100 * measure.value:.1f} %"
-    return f"{measure.value:.4g} {measure.unit}".strip()
-
-
-def _interval(measure: Measure) -> str:
-    if measure.low is None or measure.high is None:
-        return ""
-    if measure.unit == "share":
-        return f"{100 * measure.low:.1f} to {100 * measure.high:.1f} %"
-    return f"{measure.low:.4g} to {measure.high:.4g}"
+    return value_of(measures[name]) if name in measures else ""
 
 
 if __name__ == "__main__":
