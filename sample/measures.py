@@ -81,7 +81,7 @@ def value_of(measure: Measure) -> str:
     if measure.unit == "share":
         return f"{_number(measure.value, 'share')} %"
     thousands = max(0, int(math.log10(abs(measure.value)) // 3)) if measure.value else 0
-    if abs(measure.value) < 1e5 or thousands >= len(PREFIXES):
+    if abs(measure.value) < 1e4 or thousands >= len(PREFIXES):
         return f"{_number(measure.value, '')} {measure.unit}".rstrip()
     return f"{_number(measure.value / 1000**thousands, '')} {PREFIXES[thousands]}{measure.unit}"
 
