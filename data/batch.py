@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -25,12 +26,14 @@ class T2IBatch:
 
     index: torch.Tensor  # [B] long, global sample numbers
     prefix: Prefix
-    pixels: torch.Tensor  # [B, 3, H, W] in [-1, 1]
+    pixels: torch.Tensor | None  # [B, 3, H, W] in [-1, 1]; None: the latents are known
     scenes: tuple[dict[str, Any] | None, ...]  # what each picture shows, where its source knows
+    latents: torch.Tensor | None = None  # [B, c, h, w] float16, of unit variance
 
     def to(self, device: Device) -> "T2IBatch":
         """The same batch on another device."""
-        return T2IBatch(self.index.to(device), self.prefix.to(device), self.pixels.to(device), self.scenes)
+        pixels, latents = (part if part is None else part.to(device) for part in (self.pixels, self.latents))
+        return replace(self, index=self.index.to(device), prefix=self.prefix.to(device), pixels=pixels, latents=latents)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,12 @@ class TextToImageCollate:
             images.append(() if dropped in ("image", "both") else sources)
         prefix = self.builder.draw(prompts, images)
         scenes = tuple(record.scene if isinstance(record, TextToImage) else None for record in records)
-        return T2IBatch(torch.tensor(indices), prefix, _pixels(records, self.image_size), scenes)
+        known = [record.latent for record in records if record.latent is not None]
+        if known and len(known) < len(records):
+            raise ValueError("data.sources: some have latents and some have none; give latents to all or to none")
+        latents = torch.from_numpy(np.stack(known)) if known else None
+        pixels = None if known else _pixels(records, self.image_size)
+        return T2IBatch(torch.tensor(indices), prefix, pixels, scenes, latents)
 
 
 @dataclass(frozen=True)
@@ -144,4 +152,5 @@ def _conditions(record: TextToImage | Edit) -> tuple[str, tuple[Image.Image, ...
 
 
 def _pixels(records: Sequence[TextToImage | Edit | Labelled], size: int) -> torch.Tensor:
-    return torch.stack([to_tensor(resize_and_crop(record.image, size)) for record in records])  # [B, 3, H, W]
+    images = [record.image for record in records if record.image is not None]
+    return torch.stack([to_tensor(resize_and_crop(image, size)) for image in images])  # [B, 3, H, W]

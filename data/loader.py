@@ -65,7 +65,7 @@ def open_source(config: World | Shards, task: Task, image_size: int) -> Source:
     """The random-access source that `config` names; the world is rendered at `image_size` pixels a side."""
     if isinstance(config, World):
         return WorldSource(config.seed, config.split, task, image_size)
-    return ShardSource(config.urls)
+    return ShardSource(config.urls, config.latents)
 
 
 class Positions(Dataset[T]):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
 from model.prefix import Turn
@@ -38,8 +39,9 @@ class TextToImage:
 
     key: str
     caption: str
-    image: Image.Image
+    image: Image.Image | None  # None: its latent is known
     scene: dict[str, Any] | None = None  # what the picture shows, where its source knows
+    latent: np.ndarray | None = None  # float16 [c, h, w], of unit variance
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ class Edit:
     key: str
     sources: tuple[Image.Image, ...]
     instruction: str
-    image: Image.Image
+    image: Image.Image | None  # None: its latent is known
     mask: Image.Image | None = None  # grey: white where the edit changes the picture, where its source knows
+    latent: np.ndarray | None = None  # float16 [c, h, w], of unit variance
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def to_record(task: Task, raw: dict[str, Any]) -> Record:
     """The record that `task` trains on; BadSample where the raw sample lacks what the task needs."""
     key = raw["key"]
     if task == "t2i":
-        return TextToImage(key, _caption(raw), _image(raw), raw["json"].get("scene"))
+        return TextToImage(key, _caption(raw), _drawn(raw), raw["json"].get("scene"), raw.get("latent"))
     if task == "chat":
         return Conversation(key, _turns(raw))
     if task == "labelled":
@@ -87,7 +90,7 @@ def to_record(task: Task, raw: dict[str, Any]) -> Record:
         sources = (_image(raw),)  # reconstruction: the picture is its own source
     if not sources:
         raise BadSample("no source image")
-    return Edit(key, sources, "" if task == "i2i" else _caption(raw), _image(raw), raw.get("mask"))
+    return Edit(key, sources, "" if task == "i2i" else _caption(raw), _drawn(raw), raw.get("mask"), raw.get("latent"))
 
 
 def parse_messages(messages: Sequence[Any], images: Sequence[Image.Image]) -> tuple[Turn, ...]:
@@ -151,6 +154,11 @@ def _caption(raw: dict[str, Any]) -> str:
     if not isinstance(caption, str) or not caption.strip():
         raise BadSample("no caption")
     return caption.strip()
+
+
+def _drawn(raw: dict[str, Any]) -> Image.Image | None:
+    """The picture to draw; its latent stands for it."""
+    return None if raw.get("latent") is not None else _image(raw)
 
 
 def _image(raw: dict[str, Any]) -> Image.Image:

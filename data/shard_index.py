@@ -17,9 +17,10 @@ import numpy as np
 from model.files import write_whole
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-MAX_BYTES = dict.fromkeys(IMAGES, 64 << 20) | {"txt": 1 << 20, "json": 4 << 20}  # by kind of member, which it allow-lists
+LATENT = "npy"  # the member of a tar of latents (data/latents.py)
+MAX_BYTES = dict.fromkeys(IMAGES, 64 << 20) | {"txt": 1 << 20, "json": 4 << 20, LATENT: 16 << 20}  # and no other kinds
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key, then all past the first dot: webdataset's convention
-VERSION = 1
+VERSION = 2
 BLOCK_BYTES = 512  # of tar's format
 
 

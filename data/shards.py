@@ -14,13 +14,16 @@ from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import braceexpand
+import numpy as np
 from PIL import Image
 
+from data.latents import decode_array, note, rows_of
 from data.records import BadSample
-from data.shard_index import IMAGES, MAX_BYTES, index_shard
+from data.shard_index import IMAGES, LATENT, MAX_BYTES, ShardIndex, index_shard
 from data.transforms import decode_image, to_rgb
 
 MAX_OPEN_FILES = 64
@@ -32,13 +35,15 @@ class Shards:
 
     urls: str  # paths with braces and wildcards, e.g. "shards/{00000..00009}.tar" or "shards/*.tar"
     weight: float = 1.0  # this source's share of the samples, relative to the others'
+    latents: str | None = None  # folder of data.precompute, read in place of the pictures to draw
 
 
 class ShardSource:
     """Raw samples of all shards that a pattern names, by number."""
 
-    def __init__(self, urls: str):
+    def __init__(self, urls: str, latents: str | None = None):
         self._indexes = [index_shard(path) for path in expand(urls)]
+        self._latents = None if latents is None else [_latents_of(index, Path(latents)) for index in self._indexes]
         self._ends = list(accumulate(len(found) for found in self._indexes))
         if not self._ends[-1]:
             raise ValueError(f"data.sources urls {urls!r}: these shards hold no sample; name others")
@@ -52,27 +57,43 @@ class ShardSource:
         shard = bisect_right(self._ends, index)
         found = self._indexes[shard]
         row = index - (self._ends[shard] - len(found))
+        latent = None if self._latents is None else self._latent(shard, row)
         members = {}
         for extension, (offset, size) in zip(found.extensions, found.spans[row].tolist(), strict=True):
             if size > MAX_BYTES[extension.rpartition(".")[2]]:
                 raise BadSample("a member is larger than its kind may be")
-            if size >= 0:
+            if size >= 0 and extension != LATENT and not (latent is not None and extension in IMAGES):
                 members[extension] = self._bytes(shard, offset, size)
-        return decode_members(found.keys[row].decode(errors="replace"), members)
+        return decode_members(found.keys[row].decode(errors="replace"), members) | {"latent": latent}
+
+    def _latent(self, shard: int, row: int) -> np.ndarray:
+        assert self._latents is not None
+        index, rows = self._latents[shard]
+        if rows[row] < 0:
+            raise BadSample("a picture has no latent: it could not be encoded")
+        offset, size = index.spans[rows[row], index.extensions.index(LATENT)].tolist()
+        return decode_array(self._bytes(~shard, offset, size))
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         data = os.pread(self._descriptor(shard), size, offset)
         if len(data) != size:
-            raise ValueError(f"shard {self._indexes[shard].path} has shrunk since it was indexed; pack it again")
+            raise ValueError(f"shard {self._path(shard)} has shrunk since it was indexed; pack it again")
         return data
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._files:
             if len(self._files) == MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self._indexes[shard].path, os.O_RDONLY)
+            self._files[shard] = os.open(self._path(shard), os.O_RDONLY)
         self._files.move_to_end(shard)
         return self._files[shard]
+
+    def _path(self, shard: int) -> str:
+        """Of a shard, or for ~shard of its latents."""
+        if shard >= 0:
+            return self._indexes[shard].path
+        assert self._latents is not None
+        return self._latents[~shard][0].path
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": OrderedDict()}  # descriptors do not survive pickling to a worker
@@ -94,6 +115,18 @@ def decode_members(key: str, members: dict[str, bytes]) -> dict[str, Any]:
         raise BadSample("a json member is not an object")
     image = next((images[extension] for extension in IMAGES if extension in images), None)
     return {"key": key, "image": image, "txt": text, "json": described, "sources": _sources(images), "mask": _mask(images)}
+
+
+def _latents_of(index: ShardIndex, folder: Path) -> tuple[ShardIndex, np.ndarray]:
+    """The index of a shard's latents, and where each sample's are in it."""
+    name = os.path.basename(index.path)
+    recorded = note(folder)["shards"].get(name)
+    if not (folder / name).is_file():
+        raise ValueError(
+            f"data.sources latents {str(folder)!r} has none of shard {name}; go on with python -m data.precompute"
+        )
+    latents = index_shard(str(folder / name))
+    return latents, rows_of(latents, index, recorded)
 
 
 def _sources(images: dict[str, Image.Image]) -> tuple[Image.Image, ...]:

@@ -71,6 +71,7 @@ class LatentVAE:
         if mean is None or std is None:
             mean = [config.get("shift_factor") or 0.0] * self.latent_channels
             std = [1.0 / config.scaling_factor] * self.latent_channels
+        self.statistics: tuple[list[float], list[float]] = (list(mean), list(std))  # of each channel of raw latents
         self._mean = torch.tensor(mean).reshape(1, -1, 1, 1)
         self._std = torch.tensor(std).reshape(1, -1, 1, 1)
 

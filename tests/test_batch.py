@@ -34,6 +34,7 @@ def test_text_to_image(builder):
     assert batch.index.tolist() == [7, 1 << 40]
     assert batch.index.dtype == torch.int64
     assert equal(batch.prefix, builder.draw(["a red circle", "a blue square on white"]))
+    assert batch.pixels is not None
     assert batch.pixels.shape == (2, 3, 16, 16)
     assert torch.equal(batch.pixels[0], to_tensor(resize_and_crop(RED, 16)))
 
@@ -48,6 +49,7 @@ def test_dropped_conditions_are_the_null_branches(builder):
     texts = ["" if event in ("text", "both") else "make it blue" for event in events]
     images = [() if event in ("image", "both") else (RED,) for event in events]
     assert equal(batch.prefix, builder.draw(texts, images))
+    assert batch.pixels is not None
     assert batch.pixels.min() == -1
     assert (batch.pixels[:, 2] == 1).all()
 

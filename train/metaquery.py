@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from data.batch import T2IBatch, TextToImageCollate
+from data.latents import check_latents
 from data.loader import Loader, World
+from data.shards import Shards
 from model.files import match, read_tensors
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 from model.noise import noise
@@ -49,6 +51,9 @@ class MetaQueryTaskConfig:
         model = build(self.model)
         if run.data.image_size != model.image_size:
             raise ValueError(f"data.image_size is {run.data.image_size}, the decoder draws {model.image_size}; give that")
+        for source in run.data.sources:
+            if isinstance(source, Shards) and source.latents is not None:
+                check_latents(Path(source.latents), model.vae, run.data.image_size)
         if self.init is not None:
             start_from(model, self.init)
         model.place(ranks.device)
@@ -115,7 +120,7 @@ class MetaQueryTask(BridgeTask, LoaderTask):
         t = noising.times(batch.index, self.seed).to(device, non_blocking=True)  # [B]
         eps = noise(batch.index, self.seed, self.model.latent_shape).to(device, non_blocking=True)  # [B, c, h, w]
         batch = batch.to(device)
-        x0 = self.model.vae.encode(batch.pixels)  # [B, c, h, w]
+        x0 = self._latents(batch)  # [B, c, h, w]
         x_t, target = noising.mix(x0, eps, t), noising.target(x0, eps, t)  # [B, c, h, w] each
         if self.head is None:
             loss = squared_error(self.engine(batch.prefix, x_t, t), target).mean()
@@ -129,6 +134,12 @@ class MetaQueryTask(BridgeTask, LoaderTask):
         self.engine.backward(objective)
         self.engine.step()
         return measured
+
+    def _latents(self, batch: T2IBatch) -> Tensor:
+        if batch.latents is not None:
+            return batch.latents.float()
+        assert batch.pixels is not None
+        return self.model.vae.encode(batch.pixels)
 
 
 def start_from(model: MetaQuery, release: Path, decoder: bool = True) -> None:
