@@ -112,7 +112,7 @@ def test_parts_share_the_work_and_a_command_goes_on(parts, shards, tmp_path):
     out = tmp_path / "latents"
     assert command(parts, shards, out, "--part", "1/2") == 0
     assert [path.name for path in out.glob("*.tar")] == ["00001.tar"]
-    with pytest.raises(ValueError, match=r"has none of 00000.tar; go on with python -m data.precompute"):
+    with pytest.raises(ValueError, match=r"has none of shard 00000.tar; go on with python -m data.precompute"):
         ShardSource(f"{shards}/*.tar", str(out))
     stamp = (out / "00001.tar").stat().st_mtime_ns
     assert command(parts, shards, out, "--part", "0/1") == 0
