@@ -111,11 +111,17 @@ class MetaQuery(nn.Module):
         return {name: t for name, t in state.items() if not (name in frozen and name.startswith("decoder."))}
 
 
-def build(config: MetaQueryConfig, mllm: FrozenMLLM | None = None, vae: LatentVAE | None = None) -> MetaQuery:
-    """Load the frozen parts that are not given, make the others fresh (a decoder with a path comes trained)."""
+def build(
+    config: MetaQueryConfig,
+    mllm: FrozenMLLM | None = None,
+    vae: LatentVAE | None = None,
+    decoder: Decoder | None = None,
+) -> MetaQuery:
+    """Load the parts that are not given (a decoder with a path comes trained), make queries and connector fresh."""
     mllm = mllm if mllm is not None else load(config.mllm)
     vae = vae if vae is not None else load_vae(config.vae)
-    return assemble(config, mllm, vae, build_decoder(config.decoder), mllm.embedding_std)
+    decoder = decoder if decoder is not None else build_decoder(config.decoder)
+    return assemble(config, mllm, vae, decoder, mllm.embedding_std)
 
 
 def blueprint(config: MetaQueryConfig) -> MetaQuery:

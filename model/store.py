@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from model.assets import fingerprint, portable, tensors_of
+from model.decoder import build_decoder
 from model.files import (
     dump_config,
     match,
@@ -62,7 +64,11 @@ def load(folder: Path) -> MetaQuery:
     if not isinstance(frozen, dict) or not all(isinstance(facts, dict) for facts in frozen.values()):
         raise ValueError(f"{path}: frozen is no JSON object of objects; restore the file that training wrote")
     tensors = read_tensors(folder / "model.safetensors")
-    model = build(parse_config(MetaQueryConfig, raw.get("model"), path))
+    config = parse_config(MetaQueryConfig, raw.get("model"), path)
+    with torch.device("meta"):
+        names = build_decoder(config.decoder, weights=False).state_dict()
+    whole = all(f"decoder.{name}" in tensors for name in names)  # then those at its path are not read: it was trained whole
+    model = build(config, decoder=build_decoder(config.decoder, weights=not whole))
     match(tensors, model.own_tensors(), folder / "model.safetensors")
     model.load_state_dict(tensors, strict=False)  # the names are checked; the rest came with the decoder
     _verify(frozen, _frozen(model), path)

@@ -1,6 +1,8 @@
 """Every MLLM family with every decoder: three steps through the real entry point, and a picture from the release."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +71,19 @@ def test_every_pair_trains_and_draws_from_its_release(parts, mllm, decoder, tmp_
     drawn = pipeline(["a red circle", "a blue star"], [0, 1], images=images, steps=2)
     assert [picture.size for picture in drawn] == [(16, 16), (16, 16)]
     assert drawn[0].tobytes() != drawn[1].tobytes()
+
+
+@pytest.mark.parametrize("trainable", [("*",), ("model.transformer_blocks.0.*",)])
+def test_the_weights_of_a_decoder_that_was_trained_whole_are_in_its_release(parts, tmp_path, trainable):
+    home = Path(shutil.copytree(parts / "sana", tmp_path / "sana"))
+    config = a_run(parts, "qwen2", "sana", tmp_path / "out", home=DiffusersDecoderConfig(str(home)), trainable=trainable)
+    drawn = train(config, tmp_path)(["a"], [0], steps=2)[0]
+    next((home / "transformer").glob("*.safetensors")).unlink()
+    if trainable == ("*",):
+        assert Pipeline.from_release(tmp_path / "out" / "release")(["a"], [0], steps=2)[0].tobytes() == drawn.tobytes()
+    else:
+        with pytest.raises(ValueError, match=r"decoder.path .* cannot be loaded"):
+            Pipeline.from_release(tmp_path / "out" / "release")
 
 
 @pytest.mark.parametrize("decoder", PIPELINES)
