@@ -9,6 +9,7 @@ losses of a kind can be compared digit by digit. It goes on where it was stopped
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Args:
     """Train and score every run of configs/ablation.py."""
 
     json: Path = Path("docs/measures/ablation")
-    """Folder for one file of measures per run; `python -m sample.report` makes a table of it."""
+    """Folder for one file of measures per run, of which `python -m sample.report` makes a table, and its log."""
     out: Path = Path("runs/ablation")
     """Where the runs lie."""
     n: int = 50
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             "--json",
             f"{drawn}",
         )
+        shutil.copyfile(folder / "metrics.jsonl", args.json / f"{variant}.metrics.jsonl")
         write_json(scores, training(folder) | read_json(drawn))
 
 
