@@ -18,6 +18,7 @@ from data.transforms import resize_and_crop, to_tensor
 from model.prefix import Prefix, PrefixBuilder
 
 Device = torch.device | str
+MAX_ASPECT = 100  # Qwen's image processor fails above 200
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ class TextToImageCollate:
     image_size: int  # pixels a side
     dropout: Dropout
     seed: int
+
+    def check(self, record: TextToImage | Edit) -> None:
+        """BadSample for a source picture that image processors refuse."""
+        if any(max(image.size) > MAX_ASPECT * min(image.size) for image in _conditions(record)[1]):
+            raise BadSample(f"a source picture is more than {MAX_ASPECT} times as long as wide")
 
     def __call__(self, records: Sequence[TextToImage | Edit], indices: Sequence[int]) -> T2IBatch:
         prompts: list[str] = []

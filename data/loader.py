@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.dropout import Dropout
 from data.order import Order
-from data.records import BadSample, Record, Task, to_record
+from data.records import DRAWN, BadSample, Record, Task, to_record
 from data.shards import Shards, ShardSource
 from data.source import Source, WorldSource
 
@@ -65,7 +65,9 @@ def open_source(config: World | Shards, task: Task, image_size: int) -> Source:
     """The random-access source that `config` names; the world is rendered at `image_size` pixels a side."""
     if isinstance(config, World):
         return WorldSource(config.seed, config.split, task, image_size)
-    return ShardSource(config.urls, config.latents)
+    if config.latents is not None and task not in DRAWN:
+        raise ValueError(f"data.sources latents stand for pictures to draw, and data.task {task} draws none; leave them out")
+    return ShardSource(config.urls, config.latents, keep_pictures=task == "i2i")
 
 
 class Positions(Dataset[T]):

@@ -1,10 +1,12 @@
 """Pictures of shards -> their latents, once, so that training need not encode them in every epoch.
 
-    python -m data.precompute 'shards/t2i/*.tar' --vae.path stabilityai/sd-vae-ft-mse --image-size 512 --out latents/t2i
+    python -m data.precompute 'shards/t2i/*.tar' --vae.path Efficient-Large-Model/Sana_1600M_512px_diffusers \\
+        --vae.dtype bfloat16 --image-size 512 --out latents/t2i
     python -m train.run metaquery.base_sana --data.sources.0.latents latents/t2i
 
-A 512-pixel picture of Sana's is 16 KiB. Each shard becomes a tar of the same name, whole or not at all: the same command
-goes on where it was stopped. `--part 0/8` takes every eighth shard, for eight processes or machines.
+Autoencoder, dtype and size are those of the run, which refuses others. A 512-pixel picture of Sana's is 16 KiB. Each shard
+becomes a tar of the same name, whole or not at all: the same command goes on where it was stopped. `--part 0/8` takes every
+eighth shard, for eight processes or machines.
 """
 
 import os
@@ -112,7 +114,7 @@ def _encode(index: ShardIndex, vae: LatentVAE, args: Args, target: Path, device:
 
     def pictures() -> Iterator[tuple[str, torch.Tensor]]:
         nonlocal refused
-        source = ShardSource(index.path)
+        source = ShardSource.of(index)
         for row, key in enumerate(index.keys.tolist()):
             try:
                 image = source.read(row)["image"]

@@ -15,6 +15,7 @@ from PIL import Image
 from model.prefix import Turn
 
 Task = Literal["t2i", "chat", "edit", "i2i", "instruct", "labelled"]
+DRAWN: tuple[Task, ...] = ("t2i", "edit", "i2i", "instruct")  # tasks whose samples end in a picture to draw
 ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
     "user": "user",

@@ -41,12 +41,27 @@ class Shards:
 class ShardSource:
     """Raw samples of all shards that a pattern names, by number."""
 
-    def __init__(self, urls: str, latents: str | None = None):
-        self._indexes = [index_shard(path) for path in expand(urls)]
-        self._latents = None if latents is None else [_latents_of(index, Path(latents)) for index in self._indexes]
-        self._ends = list(accumulate(len(found) for found in self._indexes))
-        if not self._ends[-1]:
+    def __init__(self, urls: str, latents: str | None = None, keep_pictures: bool = False):
+        """`latents` stand for the pictures to draw, which are then not decoded unless `keep_pictures`."""
+        self._take([index_shard(path) for path in expand(urls)])
+        if latents is not None:
+            self._latents = [_latents_of(index, Path(latents)) for index in self._indexes]
+            self._skipped = () if keep_pictures else IMAGES
+        if not len(self):
             raise ValueError(f"data.sources urls {urls!r}: these shards hold no sample; name others")
+
+    @classmethod
+    def of(cls, index: ShardIndex) -> "ShardSource":
+        """The samples of one shard, which may hold none."""
+        source = cls.__new__(cls)
+        source._take([index])
+        return source
+
+    def _take(self, indexes: list[ShardIndex]) -> None:
+        self._indexes = indexes
+        self._ends = list(accumulate(len(found) for found in indexes))
+        self._latents: list[tuple[ShardIndex, np.ndarray]] | None = None
+        self._skipped: tuple[str, ...] = ()  # extensions that are not read
         self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, least recently used first
 
     def __len__(self) -> int:
@@ -62,7 +77,7 @@ class ShardSource:
         for extension, (offset, size) in zip(found.extensions, found.spans[row].tolist(), strict=True):
             if size > MAX_BYTES[extension.rpartition(".")[2]]:
                 raise BadSample("a member is larger than its kind may be")
-            if size >= 0 and extension != LATENT and not (latent is not None and extension in IMAGES):
+            if size >= 0 and extension != LATENT and extension not in self._skipped:
                 members[extension] = self._bytes(shard, offset, size)
         return decode_members(found.keys[row].decode(errors="replace"), members) | {"latent": latent}
 

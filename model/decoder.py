@@ -35,10 +35,11 @@ class SiTDecoderConfig:
 DecoderConfig = SiTDecoderConfig | DiffusersDecoderConfig
 
 
-def build_decoder(config: DecoderConfig, weights: bool = True) -> "Decoder":
-    """The decoder that `config` describes, trained where it names one; without `weights` a fresh one of its shape."""
+def build_decoder(config: DecoderConfig, weights: bool = True, noise: NoiseConfig | None = None) -> "Decoder":
+    """The decoder that `config` describes, trained where it names one; without `weights` a fresh one of its shape. `noise`
+    is the schedule that it will be used with; None: its own."""
     if isinstance(config, DiffusersDecoderConfig):
-        return load_diffusers_decoder(config, weights)
+        return load_diffusers_decoder(config, weights, noise)
     if (config.path is None) == (config.sit is None):
         raise ValueError("decoder.path and decoder.sit: give one, a trained SiT's folder or the shape of a fresh one")
     return SiTDecoder(load_sit(config.path, weights) if config.path is not None else SiT(config.sit))  # type: ignore[arg-type]

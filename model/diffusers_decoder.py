@@ -20,6 +20,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from model.hub import Source, fetched
+from model.hub import weights as read_weights
 from model.noise import DiffusionConfig, FlowConfig, NoiseConfig
 
 LORA = "model.*.lora_*"
@@ -114,13 +115,15 @@ class StableDiffusion(DiffusersDecoder):
                 f"decoder.path {config.path!r} wants {model.config.addition_embed_type} beside the tokens; "
                 "choose one that tokens alone condition, such as Stable Diffusion 1.5"
             )
+        if not isinstance(noise, DiffusionConfig):
+            raise ValueError(f"noise: {config.path!r} is asked by the steps of a diffusion; give a DiffusionConfig or none")
+        self.train_steps = noise.train_steps
 
     def _condition_width(self) -> int:
         return self.model.config.cross_attention_dim
 
     def _timestep(self, t: Tensor) -> Tensor:
-        assert isinstance(self.noise, DiffusionConfig)
-        return (t * self.noise.train_steps - 1).clamp(min=0)  # step k of K is t = (k + 1) / K
+        return (t * self.train_steps - 1).clamp(min=0)  # step k of K is t = (k + 1) / K
 
 
 class AuraFlow(DiffusersDecoder):
@@ -140,9 +143,11 @@ _FAMILIES: dict[str, tuple[type[DiffusersDecoder], Any]] = {
 }
 
 
-def load_diffusers_decoder(config: DiffusersDecoderConfig, weights: bool = True) -> DiffusersDecoder:
+def load_diffusers_decoder(
+    config: DiffusersDecoderConfig, weights: bool = True, noise: NoiseConfig | None = None
+) -> DiffusersDecoder:
     """The trained network of the pipeline that `config` names, on CPU; without `weights` a fresh one of its shape, on
-    torch's default device. ValueError when it is missing or of a class we do not know."""
+    torch's default device. `noise` None: its scheduler's. ValueError when it is missing or of a class we do not know."""
     source = Source("decoder.path", config.path, config.revision)
     index = fetched(source, DiffusionPipeline.load_config)
     classes = {part[1] for part in index.values() if isinstance(part, list | tuple) and len(part) == 2}
@@ -154,10 +159,10 @@ def load_diffusers_decoder(config: DiffusersDecoderConfig, weights: bool = True)
     family, network = _FAMILIES[known[0]]
     dtype, part = getattr(torch, config.dtype), {"subfolder": family.component}
     if weights:
-        model = fetched(source, network.from_pretrained, torch_dtype=dtype, use_safetensors=True, **part)
+        model = read_weights(source, network, torch_dtype=dtype, use_safetensors=True, **part)
     else:
         model = nn.Module.to(network.from_config(fetched(source, network.load_config, **part)), dtype)
-    return family(config, model, scheduler_noise(source))
+    return family(config, model, noise or scheduler_noise(source))
 
 
 def scheduler_noise(source: Source) -> NoiseConfig:

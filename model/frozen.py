@@ -78,6 +78,10 @@ class FrozenMLLM:
         self.prefills = 0  # how often a prefix was read, for tests and reports
         self.width: int = self.model.get_input_embeddings().weight.shape[1]  # D
         self.context: int = self.model.config.get_text_config().max_position_embeddings  # its longest sequence, in tokens
+        if any(DynamicCache(config=self.model.config.get_text_config()).is_sliding):
+            raise ValueError(
+                f"mllm.path {config.path!r} attends through a sliding window, which forgets the prompt; choose another"
+            )
         self._ends = _end_ids(self.model.generation_config.eos_token_id, builder.tokenizer.eos_token_id)
 
     @cached_property
@@ -212,7 +216,6 @@ class FrozenMLLM:
     def _cache(self, known: Prefilled) -> DynamicCache:
         """A cache that starts with the prefilled tensors and grows by concatenation, which leaves them alone."""
         cache = DynamicCache(config=self.model.config.get_text_config())
-        assert not any(cache.is_sliding), "a sliding window would forget the start of the prefix"
         layers: list[Any] = cache.layers
         for layer, (keys, values) in zip(layers, known.layers, strict=True):
             layer.lazy_initialization(keys, values)

@@ -18,8 +18,9 @@ from model.frozen import MLLMConfig
 
 
 def from_pretrained(kind: Any, config: MLLMConfig, **options: Any) -> Any:
-    """`kind.from_pretrained` for the model that `config` names; ValueError with the remedy when there is none."""
-    return _load(kind.from_pretrained, config, **options)
+    """`kind.from_pretrained`, of one of transformers' Auto classes, for the model that `config` names; code that lies with
+    it is never run. ValueError with the remedy when there is none."""
+    return _load(kind.from_pretrained, config, trust_remote_code=False, **options)
 
 
 def chat_template(config: MLLMConfig) -> str | None:
@@ -81,6 +82,19 @@ def fetched(source: Source, loader: Callable[..., Any], **options: Any) -> Any:
         raise ValueError(
             f"{source.field} {source.path!r} cannot be loaded ({str(error).splitlines()[0]}); {remedy}"
         ) from error
+
+
+def weights(source: Source, kind: Any, **options: Any) -> Any:
+    """A model with the weights of `source`. ValueError also where the files lack some of them, or have them in other shapes:
+    libraries fill those with random numbers and go on."""
+    model, report = fetched(source, kind.from_pretrained, output_loading_info=True, **options)
+    absent = sorted([*report["missing_keys"], *(key[0] for key in report.get("mismatched_keys") or ())])
+    if absent:
+        raise ValueError(
+            f"{source.field} {source.path!r} lacks {len(absent)} weights of a {type(model).__name__} or has them in other "
+            f"shapes, the first {absent[0]}; restore its files, or name another model"
+        )
+    return model
 
 
 def commit_of(path: str, revision: str | None) -> str | None:

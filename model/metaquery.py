@@ -3,7 +3,7 @@
 Letters: B batch, Q queries, D MLLM width, C conditioning width, c h w latent channels, height, width."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from model.assets import fingerprint
 from model.connector import Connector, ConnectorConfig
 from model.decoder import Decoder, DecoderConfig, build_decoder
+from model.hub import commit_of
 from model.mllm import FrozenMLLM, MLLMConfig, Prefilled, load, outline
 from model.noise import NoiseConfig, Noising, build_noising
 from model.prefix import Prefix
@@ -120,15 +121,15 @@ def build(
     """Load the parts that are not given (a decoder with a path comes trained), make queries and connector fresh."""
     mllm = mllm if mllm is not None else load(config.mllm)
     vae = vae if vae is not None else load_vae(config.vae)
-    decoder = decoder if decoder is not None else build_decoder(config.decoder)
-    return assemble(config, mllm, vae, decoder, mllm.embedding_std)
+    decoder = decoder if decoder is not None else build_decoder(config.decoder, noise=config.noise)
+    return assemble(_pinned(config), mllm, vae, decoder, mllm.embedding_std)
 
 
 def blueprint(config: MetaQueryConfig) -> MetaQuery:
     """The same on torch's meta device: every shape and no weights, of which none are read or downloaded."""
     with torch.device("meta"):
-        parts = outline(config.mllm), load_vae(config.vae, weights=False), build_decoder(config.decoder, weights=False)
-        return assemble(config, *parts, embedding_std=1.0)
+        decoder = build_decoder(config.decoder, weights=False, noise=config.noise)
+        return assemble(config, outline(config.mllm), load_vae(config.vae, weights=False), decoder, embedding_std=1.0)
 
 
 def assemble(config: MetaQueryConfig, mllm: FrozenMLLM, vae: LatentVAE, decoder: Decoder, embedding_std: float) -> MetaQuery:
@@ -148,3 +149,14 @@ def assemble(config: MetaQueryConfig, mllm: FrozenMLLM, vae: LatentVAE, decoder:
     queries = Queries(config.queries, mllm.width, embedding_std) if config.read == "queries" else None
     connector = Connector(config.connector, mllm.width, decoder.condition_width, decoder.condition_gain)
     return MetaQuery(config, mllm, vae, queries, connector, decoder)
+
+
+def _pinned(config: MetaQueryConfig) -> MetaQueryConfig:
+    """The config whose hub ids are at the commits that were loaded just now."""
+
+    def pinned(part: Any) -> Any:
+        if part.path is None or not hasattr(part, "revision"):  # our SiT lies in a folder and has none
+            return part
+        return replace(part, revision=commit_of(part.path, part.revision))
+
+    return replace(config, mllm=pinned(config.mllm), vae=pinned(config.vae), decoder=pinned(config.decoder))

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 DRAW_SYSTEM = "Draw the image that the user describes."
+DATE = "26 Jul 2024"  # Llama 3 tells the date, and would tell today's: a prefix must not depend on when it is read
 IGNORED = -100  # the target of a token that no loss looks at
 
 Positions = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
@@ -176,12 +177,14 @@ class PrefixBuilder:
         """Encode the frame and the texts apart; an image's mark in the frame becomes its tokens."""
         row = _Row()
         closes = False  # whether the next piece of frame begins with the mark that ends an answer
+        blanks = ""  # at the end of a frame: words are tokens with the blank before them
         for number, piece in self._pieces(turns, add_generation_prompt):
             if number is not None:
-                row.add(self._encode_text(turns[number]), said=turns[number].role == "assistant")
+                row.add(self._encode_text(turns[number], blanks), said=turns[number].role == "assistant")
                 closes = turns[number].role == "assistant"
                 continue
-            frame = self.tokenizer.encode(piece, add_special_tokens=False)
+            frame = self.tokenizer.encode(piece.rstrip(" "), add_special_tokens=False)
+            blanks = piece[len(piece.rstrip(" ")) :]
             for place, token in enumerate(frame):
                 if token == self.image_id:
                     row.add(next(image_tokens), said=False)
@@ -196,7 +199,11 @@ class PrefixBuilder:
             {"role": turn.role, "content": self._content(turn, f"\ue000{number}\ue001")} for number, turn in enumerate(turns)
         ]
         rendered = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages,
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            date_string=DATE,
         )
         parts = re.split("\ue000(\\d+)\ue001", rendered)  # frame, number, frame, number, ..., frame
         return [(int(part), "") if place % 2 else (None, part) for place, part in enumerate(parts)]
@@ -207,12 +214,12 @@ class PrefixBuilder:
             return text
         return [{"type": "image"} for _ in turn.images] + [{"type": "text", "text": text}]
 
-    def _encode_text(self, turn: Turn) -> list[int]:
+    def _encode_text(self, turn: Turn, blanks: str) -> list[int]:
         try:
             turn.text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, as the shell's other encodings become
             raise ValueError(f"the text {turn.text[:40]!a} is not Unicode; give it in UTF-8") from error
-        ids = self.tokenizer.encode(turn.text, add_special_tokens=False, split_special_tokens=True)
+        ids = self.tokenizer.encode(blanks + turn.text, add_special_tokens=False, split_special_tokens=True)
         if turn.role == "user" and len(ids) > self.max_text_tokens:
             raise ValueError(
                 f"the prompt {turn.text[:40]!r}... has {len(ids)} tokens and the limit is {self.max_text_tokens}; shorten it"

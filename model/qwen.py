@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     Qwen2_5_VLModel,
@@ -79,7 +80,7 @@ class QwenPositions:
 
 
 def _processor(config: MLLMConfig) -> Qwen2VLImageProcessorPil:
-    processor = cast(Qwen2VLImageProcessorPil, from_pretrained(Qwen2VLImageProcessorPil, config))
+    processor = cast(Qwen2VLImageProcessorPil, from_pretrained(AutoImageProcessor, config, backend="pil"))
     size: Any = processor.size
     low = config.min_pixels if config.min_pixels is not None else size["shortest_edge"]
     high = config.max_pixels if config.max_pixels is not None else size["longest_edge"]

@@ -22,7 +22,6 @@ from model.files import (
     write_json,
     write_tensors,
 )
-from model.hub import commit_of
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 
 FORMAT, VERSION = "querybridge.metaquery", 1
@@ -66,9 +65,9 @@ def load(folder: Path) -> MetaQuery:
     tensors = read_tensors(folder / "model.safetensors")
     config = parse_config(MetaQueryConfig, raw.get("model"), path)
     with torch.device("meta"):
-        names = build_decoder(config.decoder, weights=False).state_dict()
+        names = build_decoder(config.decoder, weights=False, noise=config.noise).state_dict()
     whole = all(f"decoder.{name}" in tensors for name in names)  # then those at its path are not read: it was trained whole
-    model = build(config, decoder=build_decoder(config.decoder, weights=not whole))
+    model = build(config, decoder=build_decoder(config.decoder, not whole, config.noise))
     match(tensors, model.own_tensors(), folder / "model.safetensors")
     model.load_state_dict(tensors, strict=False)  # the names are checked; the rest came with the decoder
     _verify(frozen, _frozen(model), path)
@@ -100,12 +99,9 @@ def _verify(recorded: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]
 
 
 def _portable(config: MetaQueryConfig) -> MetaQueryConfig:
-    """The config whose frozen parts others find: paths that move with the code, hub ids at the commit that was loaded."""
-    decoder = config.decoder if config.decoder.path is None else _pinned(config.decoder)
-    return replace(config, mllm=_pinned(config.mllm), vae=_pinned(config.vae), decoder=decoder)
+    """The config with paths that move with the code."""
 
+    def moved(part: Any) -> Any:
+        return part if part.path is None else replace(part, path=portable(part.path))
 
-def _pinned(part: Any) -> Any:
-    if not hasattr(part, "revision"):  # our SiT lies in a folder and has none
-        return replace(part, path=portable(part.path))
-    return replace(part, path=portable(part.path), revision=commit_of(part.path, part.revision))
+    return replace(config, mllm=moved(config.mllm), vae=moved(config.vae), decoder=moved(config.decoder))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.assets import locate
 from model.hub import Source, fetched
+from model.hub import weights as read_weights
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def load_vae(config: VAEConfig, weights: bool = True) -> "LatentVAE":
         autoencoder: Any = _CLASSES[name].from_config(settings)
         return LatentVAE(nn.Module.to(autoencoder, dtype))  # diffusers' own `to` warns of what it does not do
     options |= {"torch_dtype": dtype, "use_safetensors": True, "low_cpu_mem_usage": False}
-    return LatentVAE(fetched(source, _CLASSES[name].from_pretrained, **options))
+    return LatentVAE(read_weights(source, _CLASSES[name], **options))
 
 
 def _lies_open(source: Source) -> bool:

@@ -115,3 +115,10 @@ def test_batches_move_to_a_device(builder):
         for name, value in vars(moved).items():
             for tensor in vars(value).values() if isinstance(value, Prefix) else (value,):
                 assert not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta", name
+
+
+def test_a_source_picture_that_image_processors_refuse_is_a_bad_sample(builder):
+    collate = TextToImageCollate(builder, 16, ALL, seed=0)
+    collate.check(Edit("a", (BLUE,), "make it red", RED))
+    with pytest.raises(BadSample, match="a source picture is more than 100 times as long as wide"):
+        collate.check(Edit("a", (Image.new("RGB", (1000, 4)),), "make it red", RED))

@@ -10,6 +10,7 @@ from diffusers import (
     SanaTransformer2DModel,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 
 from model.decoder import DiffusersDecoderConfig, build_decoder
 from model.diffusers_decoder import LoraConfig, scheduler_noise
@@ -19,6 +20,7 @@ from model.noise import DiffusionConfig, FlowConfig
 from model.vae import VAEConfig, load_vae
 from tests import tiny_decoders
 from tests.test_pairs import a_run, parts
+from train.engine import EngineConfig
 from train.metaquery import MetaQueryTaskConfig
 from train.ranks import start
 
@@ -142,3 +144,38 @@ def test_the_noise_of_a_config_wins_over_the_scheduler_s(parts, tmp_path):
 
     assert noise_of() == FlowConfig(shift=3.0)
     assert noise_of(noise=FlowConfig(shift=2.0, time="logit_normal")) == FlowConfig(shift=2.0, time="logit_normal")
+
+
+def test_a_schedule_of_one_s_own_stands_in_for_one_that_is_refused(tmp_path):
+    folder = tiny_decoders.stable_diffusion(tmp_path / "sd")
+    DPMSolverMultistepScheduler(beta_schedule="linear").save_pretrained(folder / "scheduler")
+    config = DiffusersDecoderConfig(str(folder))
+    with pytest.raises(ValueError, match="give noise a schedule of its own"):
+        build_decoder(config)
+    decoder = build_decoder(config, noise=DiffusionConfig(train_steps=500))
+    asked: list[torch.Tensor] = []
+    network: Any = decoder.model
+    network.register_forward_pre_hook(lambda module, args, options: asked.append(options["timestep"]), with_kwargs=True)
+    decoder(torch.randn(1, 4, 8, 8), torch.tensor([0.5]), torch.randn(1, 3, 24))
+    assert asked[0].tolist() == [249.0]  # the 250th of 500 steps
+    with pytest.raises(ValueError, match="give a DiffusionConfig or none"):
+        build_decoder(config, noise=FlowConfig())
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_weights_that_are_missing_are_not_made_up(tmp_path, part):
+    folder = tiny_decoders.sana(tmp_path / "sana")
+    file = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    del tensors[sorted(tensors)[0]]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 weights of a"):
+        load_vae(VAEConfig(str(folder))) if part == "vae" else build_decoder(DiffusersDecoderConfig(str(folder)))
+
+
+def test_weights_of_16_bits_are_not_updated_in_place(parts, tmp_path):
+    home = DiffusersDecoderConfig(str(parts / "sana"), dtype="bfloat16")
+    config = a_run(parts, "qwen2", "sana", tmp_path, home=home)
+    config = type(config)(**{**vars(config), "engine": EngineConfig(zero=0, precision="fp32")})
+    with pytest.raises(ValueError, match=r"engine.zero is 0, .* has 16 bits"):
+        config.task.build(config, start(60))

@@ -1,11 +1,13 @@
 """Every MLLM family, from a checkpoint in the hub's layout, against transformers' own class and processor."""
 
+import json
 import pickle
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from model import mllm
@@ -152,3 +154,45 @@ def test_what_a_family_cannot_do_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "llama" / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="has no chat template; name a model that was tuned to converse"):
         mllm.load_builder(MLLMConfig(blind))
+
+
+def without_one(folder, name: str) -> str:
+    """The checkpoint in `folder`, less one tensor."""
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path):
+    folder = without_one(BLIND["qwen2"](tmp_path / "mllm"), "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(ValueError, match=r"lacks 1 weights of a Qwen2ForCausalLM .* the first model.layers.1.mlp.up_proj"):
+        mllm.load(MLLMConfig(folder))
+
+
+def test_code_that_lies_with_a_model_is_not_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "strange", "auto_map": {"AutoConfig": "code.Strange"}}')
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        mllm.load_builder(MLLMConfig(str(tmp_path)))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_prefix_does_not_depend_on_the_day_it_is_read(tmp_path):
+    folder = BLIND["llama"](tmp_path / "mllm")
+    template = (folder / "chat_template.jinja").read_text()
+    today = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    (folder / "chat_template.jinja").write_text(today + "{{ date_string }}" + template)
+    builder = mllm.load_builder(MLLMConfig(str(folder)))
+    assert builder.tokenizer.decode(builder.draw(["a"]).ids[0]).startswith("26 Jul 2024<|im_start|>")
+
+
+def test_a_sliding_window_is_refused(tmp_path):
+    folder = BLIND["qwen2"](tmp_path / "mllm")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    config["layer_types"] = ["sliding_attention", "sliding_attention"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="attends through a sliding window"):
+        mllm.load(MLLMConfig(str(folder)))

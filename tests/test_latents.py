@@ -10,13 +10,13 @@ import torch
 
 from data import precompute
 from data.latents import latent_fingerprint
-from data.loader import Data
+from data.loader import Data, open_source
 from data.pack import write_shards
 from data.shards import Shards, ShardSource
 from data.transforms import resize_and_crop, to_tensor
 from model.vae import VAEConfig, load_vae
 from tests import tiny
-from tests.test_shards import items
+from tests.test_shards import items, png, write_tar
 from train import run
 from train.config import Run
 from train.metaquery import MetaQueryTask, MetaQueryTaskConfig
@@ -121,8 +121,6 @@ def test_parts_share_the_work_and_a_command_goes_on(parts, shards, tmp_path):
 
 
 def test_a_picture_that_cannot_be_decoded_has_no_latent_and_training_replaces_it(parts, tmp_path, capsys):
-    from tests.test_shards import png, write_tar
-
     (tmp_path / "set").mkdir()
     files = [(f"{n}.{ext}", data) for n in range(4) for ext, data in (("png", png((n, 0, 0))), ("txt", b"a red circle"))]
     files[2] = ("1.png", b"no picture")
@@ -156,3 +154,25 @@ def test_a_folder_of_other_latents_is_left_alone(parts, shards, tmp_path, capsys
     assert "holds latents of another autoencoder, picture size or shards; name a new folder" in capsys.readouterr().err
     assert (out / "latents.json").read_bytes() == before
     assert json.loads(before)["image_size"] == 16
+
+
+def test_reconstruction_still_sees_its_picture_and_chat_takes_no_latents(parts, shards, tmp_path):
+    out = tmp_path / "latents"
+    assert command(parts, shards, out) == 0
+    config = a_run(parts, shards, out)
+    task = built(replace(config, data=replace(config.data, task="i2i")))
+    batch = next(task.batches(0))
+    assert batch.latents is not None
+    assert batch.prefix.images
+    with pytest.raises(ValueError, match=r"data.task chat draws none; leave them out"):
+        open_source(Shards(f"{shards}/*.tar", latents=str(out)), "chat", 16)
+
+
+def test_an_empty_shard_and_strange_names_are_encoded_as_they_are_read(parts, tmp_path):
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    write_tar(folder / "a.tar", [("0.png", png((1, 0, 0))), ("0.txt", b"a red circle")])
+    write_tar(folder / "b.tar", [])
+    name = str(tmp_path / "run[[]1]")
+    assert command(parts, name, tmp_path / "latents") == 0
+    assert len(ShardSource(f"{name}/*.tar", str(tmp_path / "latents"))) == 1

@@ -98,7 +98,7 @@ def test_the_plan_is_an_option_of_the_run(tmp_path, capsys):
     measures = read_json(path)
     assert measures["plan.queries.parameters"].value == 8 * 192
     assert measures["plan.step.tokens"].value == 64 * 158
-    with pytest.raises(ValueError, match="vae is no MetaQuery run"):
+    with pytest.raises(ValueError, match="vae is no MetaQuery run that draws"):
         run.main(["world.vae", "--plan"])
     with pytest.raises(ValueError, match="give --world and --prefix-tokens of at least 1"):
         run.main(["metaquery.world", "--plan", "--world", "0"])

@@ -148,10 +148,19 @@ SEEING: dict[str, Callable[[Path], Path]] = {
 BLIND: dict[str, Callable[[Path], Path]] = {"qwen2": qwen2, "qwen3": qwen3, "llama": llama}
 
 
+IDEFICS_TEMPLATE = (  # as published, but for the line breaks
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
 def _idefics(folder: Path, config_class: Any, processor: str, image_processor: Any) -> Path:
     tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
     marks = ["<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *tiles]
-    tokenizer = _tokenizer(folder, marks, "<image>")
+    tokenizer = _tokenizer(folder, marks, IDEFICS_TEMPLATE)
     config = config_class(
         vision_config=_vision(),
         text_config=dict(model_type="llama", **_text(tokenizer)),
@@ -165,11 +174,12 @@ def _idefics(folder: Path, config_class: Any, processor: str, image_processor: A
 
 
 def _tokenizer(folder: Path, marks: list[str] | dict[str, str], image: str) -> Any:
-    """A trained tokenizer with more marks (named ones become attributes), and a template that marks images so."""
+    """A trained tokenizer with more marks (named ones become attributes); and its own template, or ours with this mark for
+    an image."""
     train_tokenizer(tiny.sentences(), folder, vocab_size=360)
     named = {"extra_special_tokens": marks} if marks else {}
     tokenizer = AutoTokenizer.from_pretrained(folder, **named)
-    tokenizer.chat_template = TEMPLATE.replace("IMAGE", image)
+    tokenizer.chat_template = image if "{%" in image else TEMPLATE.replace("IMAGE", image)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

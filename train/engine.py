@@ -153,6 +153,12 @@ class Engine:
         self.last: Step | None = None
         self._loss = torch.zeros((), device=ranks.device)  # sum over the micro-batches of the running step
         self._micro = 0
+        half = next((name for name, p in module.named_parameters() if p.requires_grad and p.dtype != torch.float32), None)
+        if half is not None and config.zero == 0:
+            raise ValueError(
+                f"engine.zero is 0, where weights are updated as they are, and {half} has 16 bits, which lose most updates; "
+                "set engine.zero to 1, or load it in float32 (decoder.dtype)"
+            )
         self._optimizer = adamw(module, optim)
         if config.precision == "bf16":  # inputs such as time stay float32; DeepSpeed switches an outer autocast off
             module.forward = torch.autocast(ranks.device.type, torch.bfloat16)(module.forward)

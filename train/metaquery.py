@@ -14,6 +14,7 @@ from torch import Tensor
 from data.batch import T2IBatch, TextToImageCollate
 from data.latents import check_latents
 from data.loader import Loader, World
+from data.records import DRAWN
 from data.shards import Shards
 from model.files import match, read_tensors
 from model.metaquery import MetaQuery, MetaQueryConfig, build
@@ -28,8 +29,6 @@ from train.task import LoaderTask, Task, engine_for, loader_for
 
 if TYPE_CHECKING:
     from train.config import Run
-
-DRAWN = ("t2i", "edit", "i2i", "instruct")  # tasks whose samples end in a picture to draw
 
 
 @dataclass(frozen=True)

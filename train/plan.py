@@ -4,26 +4,30 @@
     python -m train.run metaquery.xlarge_sana --plan --world 8          # the same
 
 Every part is built at its full size on torch's meta device, where a step runs without computing: what FLOP it takes and what
-it keeps for the backward pass is counted from the step itself. Models of the recipes need no download for it: their shapes
+it keeps for the backward pass is counted from the step itself; what activation checkpointing computes again is no FLOP of
+the picture, but lowers what is kept. Models of the recipes need no download for it: their shapes
 lie in assets/shapes. Pictures in a prompt count as prefix tokens; what the vision tower takes for them is not counted.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.assets import locate
+from model.decoder import DiffusersDecoderConfig
 from model.metaquery import MetaQuery, MetaQueryConfig, blueprint
 from model.prefix import Prefix
 from sample import cli
@@ -31,7 +35,6 @@ from sample.measures import Measure, show, write_json
 from train.config import Run
 from train.engine import EngineConfig, micro_batch_size
 from train.metaquery import MetaQueryTaskConfig
-from train.tell import TellTaskConfig
 
 SHAPES = "assets/shapes"
 GRADIENT_BYTES = {"fp32": 4, "autocast": 4, "bf16": 2}  # of a weight, and of its gradient
@@ -70,11 +73,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def plan(run: Run, world: int, prefix_tokens: int) -> dict[str, Measure]:
     """Parameters of each part, bytes on each rank by kind, FLOP of a picture by part, tokens of a step."""
-    if not isinstance(run.task, MetaQueryTaskConfig | TellTaskConfig):
-        raise ValueError(f"{run.name} is no MetaQuery run; --plan knows those alone")
+    if not isinstance(run.task, MetaQueryTaskConfig):
+        raise ValueError(f"{run.name} is no MetaQuery run that draws; --plan knows those alone")
     size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, world)
-    model = blueprint(shaped(run.task.model))
-    flop, kept = costs(model, prefix_tokens)
+    config = shaped(run.task.model)
+    model = blueprint(config)
+    if run.engine.precision == "bf16":
+        nn.Module.to(model, torch.bfloat16)
+    _, kept = costs(model, prefix_tokens)
+    flop, _ = costs(blueprint(unchecked(config)), prefix_tokens)
     rank = memory(model, run.engine, world) | {"activations": size * sum(kept.values())}
     tokens = prefix_tokens + run.task.model.queries
     measures = {f"plan.{part}.parameters": _count(_size(module)) for part, module in parts(model).items()}
@@ -93,6 +100,14 @@ def shaped(config: MetaQueryConfig) -> MetaQueryConfig:
     """The config whose hub ids are the shapes that lie with the code, where they do."""
     decoder = config.decoder if config.decoder.path is None else _shaped(config.decoder)
     return replace(config, mllm=_shaped(config.mllm), vae=_shaped(config.vae), decoder=decoder)
+
+
+def unchecked(config: MetaQueryConfig) -> MetaQueryConfig:
+    """The config without activation checkpointing: what is computed twice is no more use."""
+    decoder = config.decoder
+    if isinstance(decoder, DiffusersDecoderConfig):
+        decoder = replace(decoder, activation_checkpointing=False)
+    return replace(config, connector=replace(config.connector, activation_checkpointing=False), decoder=decoder)
 
 
 def parts(model: MetaQuery) -> dict[str, nn.Module | None]:
@@ -122,7 +137,8 @@ def memory(model: MetaQuery, engine: EngineConfig, world: int) -> dict[str, floa
 
 
 def costs(model: MetaQuery, prefix_tokens: int) -> tuple[dict[str, float], dict[str, float]]:
-    """FLOP of one picture by part, forward and backward, and the bytes it keeps for the backward pass."""
+    """FLOP of one picture by part, forward and backward, and the bytes it keeps for the backward pass, with attention that
+    keeps no scores (flash or memory-efficient)."""
     channels, height, width = model.latent_shape
     side = (model.image_size, model.image_size)
     with torch.device("meta"):
@@ -156,13 +172,40 @@ def _cost(step: Callable[[], Tensor]) -> tuple[float, float]:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
+    with _fused_attention(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
     own = {torch.ops.aten.convolution_backward: _convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=own) as counter:
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            made = step()
+        made = step()
         if made.requires_grad:
             made.sum().backward()
     return float(counter.get_total_flops()), float(sum(kept.values()))
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention as a GPU keeps it: queries, keys, values and the answer. The meta device would keep every score."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _Attention.apply(q, k, v)  # pyright: ignore[reportReturnType]
+
+    own, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        answer = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, answer)
+        return answer
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return tuple(torch.empty_like(part) for part in ctx.saved_tensors[:3])
 
 
 def _convolution_backward(
