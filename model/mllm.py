@@ -15,7 +15,7 @@ from model.hub import Source, from_pretrained, weights
 from model.prefix import PrefixBuilder
 from model.qwen import Qwen2_5_VL, Qwen3_VL
 
-__all__ = ["FrozenMLLM", "MLLMConfig", "Prefilled", "load", "load_builder"]
+__all__ = ["FrozenMLLM", "MLLMConfig", "NoBuilder", "Prefilled", "load", "load_builder"]
 
 Family = type[Qwen2_5_VL] | type[ImageTextToText] | type[TextLLM]
 _FAMILIES: dict[str, Family] = {
@@ -43,10 +43,12 @@ def outline(config: MLLMConfig) -> FrozenMLLM:
     """A fresh model of the shape that `config` names, on torch's default device; it reads prefixes, and makes none."""
     family = _family(config)
     model = family.model_class.from_config(from_pretrained(AutoConfig, config), dtype=getattr(torch, config.dtype))
-    return family(config, model, cast(PrefixBuilder, _NoBuilder))
+    return family(config, model, cast(PrefixBuilder, NoBuilder))
 
 
-class _NoBuilder:
+class NoBuilder:
+    """Stands where a model is only read prefixes that were made of numbers: nothing is tokenized, nothing is said."""
+
     image_id = None
 
     class tokenizer:

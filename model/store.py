@@ -41,7 +41,7 @@ def save(folder: Path, model: MetaQuery, tensors: Mapping[str, Tensor] | None = 
                 "format": FORMAT,
                 "version": VERSION,
                 "model": dump_config(_portable(model.config)),
-                "frozen": _frozen(model),
+                "frozen": frozen_parts(model),
             },
         )
 
@@ -70,11 +70,11 @@ def load(folder: Path) -> MetaQuery:
     model = build(config, decoder=build_decoder(config.decoder, not whole, config.noise))
     match(tensors, model.own_tensors(), folder / "model.safetensors")
     model.load_state_dict(tensors, strict=False)  # the names are checked; the rest came with the decoder
-    _verify(frozen, _frozen(model), path)
+    _verify(frozen, frozen_parts(model), path)
     return model.eval()
 
 
-def _frozen(model: MetaQuery) -> dict[str, dict[str, Any]]:
+def frozen_parts(model: MetaQuery) -> dict[str, dict[str, Any]]:
     """Path, revision and sha256 of everything that the release needs and does not contain."""
     config = _portable(model.config)
     parts = {

@@ -12,6 +12,7 @@ from sample.measures import read_json
 from tests import tiny
 from train import plan, run
 from train.config import Run
+from train.cost import kept_bytes
 from train.engine import EngineConfig
 from train.metaquery import MetaQueryTaskConfig
 from train.ranks import start
@@ -52,7 +53,7 @@ def a_run(folder, **engine) -> Run:
     return replace(base, task=task, data=data, engine=EngineConfig(**engine))
 
 
-def test_flop_and_kept_bytes_are_those_of_a_real_step(tmp_path):
+def test_flop_are_those_of_a_real_step(tmp_path):
     config = tiny.metaquery_config(tmp_path)
     model = build(config)
     flop, _ = plan.costs(blueprint(config), prefix_tokens=20)
@@ -62,6 +63,15 @@ def test_flop_and_kept_bytes_are_those_of_a_real_step(tmp_path):
         pixels = torch.zeros(1, 3, 16, 16)
         model(prefix, torch.randn_like(model.vae.encode(pixels)), torch.rand(1)).sum().backward()
     assert sum(flop.values()) == pytest.approx(counter.get_total_flops())
+
+
+def test_kept_bytes_are_those_of_a_real_forward(tmp_path):
+    config = tiny.metaquery_config(tmp_path)
+    model = build(config)
+    states = torch.randn(1, 4, 32, requires_grad=True)
+    _, kept = plan.costs(blueprint(config), prefix_tokens=20)
+    assert kept["connector"] == pytest.approx(kept_bytes(lambda: model.connector(states)), rel=0.05)
+    assert kept["prefix"] == 0
 
 
 @pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "autocast")])

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +71,19 @@ def test_sigkill_and_the_same_command_end_where_a_straight_run_ends(straight, pa
     assert losses(straight) == losses(tmp_path)
     files = [(out / "release" / "model.safetensors").read_bytes() for out in (straight, tmp_path)]
     assert files[0] == files[1]
+
+
+def test_a_run_goes_on_with_the_frozen_parts_that_it_began_with(parts, tmp_path):
+    """A hub's branch may move between two starts, and a folder be overwritten."""
+    moved = Path(shutil.copytree(parts, tmp_path / "parts"))
+    given = tiny_run(moved, tmp_path / "out", "--schedule.save-every", "1")
+    run.main([*given, "--schedule.steps", "1"])
+    tiny.vae_folder(moved / "vae", seed=1)
+    with pytest.raises(ValueError, match=r"the vae is not the one that .*step-00000001 was trained with; restore it"):
+        run.main([*given, "--schedule.steps", "2"])
+    tiny.vae_folder(moved / "vae")
+    run.main([*given, "--schedule.steps", "2"])
+    assert (tmp_path / "out" / "checkpoints" / "step-00000002").is_dir()
 
 
 def test_run_json_reads_back_and_is_strict(straight, parts, tmp_path):

@@ -26,12 +26,10 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from sample.cli import run
 from sample.measures import Measure, show, write_json
+from train.cost import flop, kept_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +70,7 @@ def metaquery(args: Metaquery) -> None:
     for repeat in range(args.repeats + 1):
         for plain in (False, True):
             began = time.perf_counter()
-            step(plain)
+            step(plain).backward()
             if repeat:  # the first of each warms up
                 seconds[plain].append(time.perf_counter() - began)
     ours, theirs = kept_bytes(lambda: step(False)), kept_bytes(lambda: step(True))
@@ -91,19 +89,12 @@ def metaquery(args: Metaquery) -> None:
         write_json(args.json, measures)
 
 
-def flop(step: Callable[[], None]) -> int:
-    """Floating-point operations of a step's matrix products, forward and backward."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the only one that is counted on a CPU
-        step()
-    return counter.get_total_flops()
-
-
-def build_step(args: Metaquery) -> Callable[[bool], None]:
-    """A function that runs one forward and backward through language model, queries and connector, plainly or our way."""
+def build_step(args: Metaquery) -> Callable[[bool], Tensor]:
+    """A function that runs one forward through language model, queries and connector, plainly or our way."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     from model.connector import Connector, ConnectorConfig
-    from model.frozen import MLLMConfig
+    from model.mllm import MLLMConfig, NoBuilder
     from model.prefix import Prefix, PrefixBuilder
     from model.queries import Queries
     from model.qwen import Qwen2_5_VL
@@ -124,7 +115,7 @@ def build_step(args: Metaquery) -> Callable[[bool], None]:
     )
     vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=args.width)
     stock = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
-    mllm = Qwen2_5_VL(MLLMConfig("benchmark", dtype="float32"), stock, cast(PrefixBuilder, _NoBuilder()))
+    mllm = Qwen2_5_VL(MLLMConfig("benchmark", dtype="float32"), stock, cast(PrefixBuilder, NoBuilder))
     queries = Queries(args.queries, args.width, mllm.embedding_std)
     connector = Connector(ConnectorConfig(layers=args.connector_layers), args.width, args.width, 1.0)
     ids = torch.randint(10, 900, (args.batch_size, args.prefix_tokens))
@@ -135,38 +126,11 @@ def build_step(args: Metaquery) -> Callable[[bool], None]:
     table = nn.Parameter(torch.cat([embeddings.weight.detach(), queries.vectors.detach()]))  # [V + Q, D]
     rows = torch.arange(args.vocabulary, len(table))
 
-    def step(plain: bool) -> None:
+    def step(plain: bool) -> Tensor:
         states = mllm.read_full(prefix, F.embedding(rows, table)) if plain else mllm.read(prefix, queries())
-        connector(states).square().mean().backward()
+        return connector(states).square().mean()
 
     return step
-
-
-class _NoBuilder:
-    """The benchmark makes its prefix of token numbers; nothing is tokenized."""
-
-    image_id = -1
-
-    class tokenizer:
-        eos_token_id = 0
-
-
-def kept_bytes(step: Callable[[], None]) -> int:
-    """Bytes of the distinct tensors that a step keeps for its backward pass, parameters not counted."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not _is_parameter_view(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(kept.values())
-
-
-def _is_parameter_view(tensor: Tensor) -> bool:
-    return isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)
 
 
 def _spread(seconds: list[float]) -> Measure:

@@ -19,8 +19,9 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
@@ -47,10 +48,18 @@ class Manifest:
     counters: dict[str, dict[str, Any]]  # by engine name
     config: dict[str, Any]
     sha256: dict[str, str]  # by file name
+    frozen: dict[str, str] = field(default_factory=dict)  # sha256 of what the run reads and does not train, by part
 
 
 def save(
-    root: Path, step: int, samples: int, engines: Mapping[str, Engine], config: dict[str, Any], keep: int, ranks: Ranks
+    root: Path,
+    step: int,
+    samples: int,
+    engines: Mapping[str, Engine],
+    config: dict[str, Any],
+    keep: int,
+    ranks: Ranks,
+    frozen: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write `root/step-<step>` whole, then drop all but the newest `keep`. Every rank calls it.
 
@@ -75,6 +84,7 @@ def save(
         counters={name: engine.counters() for name, engine in engines.items()},
         config=config,
         sha256=sha256,
+        frozen=dict(frozen),
     )
 
     def publish() -> None:

@@ -63,7 +63,8 @@ def fit(
     `config` is stored in checkpoints. False when a signal stopped the run early, after saving. Raises `Diverged` when
     too many steps in a row were refused.
     """
-    step, samples, changed = _resume(task, folder, resume, config, ranks)
+    frozen = task.frozen() if ranks.first else {}
+    step, samples, changed = _resume(task, folder, resume, config, frozen, ranks)
     with (
         _held(folder, ranks),
         Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps, settings=config) as log,
@@ -89,7 +90,9 @@ def fit(
             else:
                 log.advance(step)
             if step % schedule.save_every == 0 or last or stop:
-                path = checkpoint.save(folder / "checkpoints", step, samples, task.engines, config, schedule.keep, ranks)
+                path = checkpoint.save(
+                    folder / "checkpoints", step, samples, task.engines, config, schedule.keep, ranks, frozen
+                )
                 log.event(step, "saved", path=str(path))
                 clock.restart()
             if last or (schedule.preview_every and step % schedule.preview_every == 0):
@@ -124,12 +127,20 @@ def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _resume(task: Task, folder: Path, resume: str, config: dict[str, Any], ranks: Ranks) -> tuple[int, int, list[str]]:
+def _resume(
+    task: Task, folder: Path, resume: str, config: dict[str, Any], frozen: dict[str, str], ranks: Ranks
+) -> tuple[int, int, list[str]]:
     """Load the checkpoint that `resume` means: (step, samples, settings changed since); zeros for a fresh run."""
     path = checkpoint.find(folder / "checkpoints", resume, ranks)
     if path is None:
         return 0, 0, []
     manifest = checkpoint.load(path, task.engines, ranks)
+    other = [part for part, sha256 in frozen.items() if manifest.frozen.get(part, sha256) != sha256]
+    if other := ranks.share(other):
+        raise ValueError(
+            f"the {other[0]} is not the one that {path} was trained with; restore it (of a hub id, give the revision), "
+            "or give another --out"
+        )
     return manifest.step, manifest.samples, checkpoint.differences(manifest.config, config)
 
 

@@ -19,7 +19,7 @@ from data.shards import Shards
 from model.files import match, read_tensors
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 from model.noise import noise
-from model.store import save
+from model.store import frozen_parts, save
 from train.dense import DenseHead, load_head
 from train.engine import Engine
 from train.loss import squared_error
@@ -80,6 +80,10 @@ class BridgeTask(Task):
     engine: Engine
     previews: PreviewConfig
     ranks: Ranks
+
+    def frozen(self) -> dict[str, str]:
+        """The MLLM, the VAE and what does not train of a decoder that has a home."""
+        return {part: facts["sha256"] for part, facts in frozen_parts(self.model).items()}
 
     def preview(self, folder: Path, step: int) -> None:
         """One sheet per call: previews/step-00000500.png."""

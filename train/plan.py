@@ -12,19 +12,14 @@ lie in assets/shapes. Pictures in a prompt count as prefix tokens; what the visi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from model.assets import locate
 from model.decoder import DiffusersDecoderConfig
@@ -33,6 +28,7 @@ from model.prefix import Prefix
 from sample import cli
 from sample.measures import Measure, show, write_json
 from train.config import Run
+from train.cost import flop, kept_bytes
 from train.engine import EngineConfig, micro_batch_size
 from train.metaquery import MetaQueryTaskConfig
 
@@ -81,16 +77,16 @@ def plan(run: Run, world: int, prefix_tokens: int) -> dict[str, Measure]:
     if run.engine.precision == "bf16":
         nn.Module.to(model, torch.bfloat16)
     _, kept = costs(model, prefix_tokens)
-    flop, _ = costs(blueprint(unchecked(config)), prefix_tokens)
+    counted, _ = costs(blueprint(unchecked(config)), prefix_tokens)
     rank = memory(model, run.engine, world) | {"activations": size * sum(kept.values())}
     tokens = prefix_tokens + run.task.model.queries
     measures = {f"plan.{part}.parameters": _count(_size(module)) for part, module in parts(model).items()}
     measures |= {f"plan.{part}.trained": _count(_trained(module)) for part, module in parts(model).items()}
     measures |= {f"plan.rank.{kind}.bytes": Measure(number, unit="B") for kind, number in rank.items()}
     measures["plan.rank.bytes"] = Measure(sum(rank.values()), unit="B")
-    measures |= {f"plan.{part}.flop": Measure(number, unit="FLOP") for part, number in flop.items()}
-    measures["plan.picture.flop"] = Measure(sum(flop.values()), unit="FLOP")
-    measures["plan.step.flop"] = Measure(run.schedule.batch_size * sum(flop.values()), unit="FLOP")
+    measures |= {f"plan.{part}.flop": Measure(number, unit="FLOP") for part, number in counted.items()}
+    measures["plan.picture.flop"] = Measure(sum(counted.values()), unit="FLOP")
+    measures["plan.step.flop"] = Measure(run.schedule.batch_size * sum(counted.values()), unit="FLOP")
     measures["plan.step.tokens"] = _count(run.schedule.batch_size * tokens)
     measures["plan.run.flop"] = Measure(run.schedule.steps * measures["plan.step.flop"].value, unit="FLOP")
     return measures
@@ -157,63 +153,10 @@ def costs(model: MetaQuery, prefix_tokens: int) -> tuple[dict[str, float], dict[
         }
         if model.queries is None:
             del steps["queries"]
-        counted = {part: _cost(step) for part, step in steps.items()}
-    return {part: flop for part, (flop, _) in counted.items()}, {part: kept for part, (_, kept) in counted.items()}
-
-
-def _cost(step: Callable[[], Tensor]) -> tuple[float, float]:
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
-            alive.append(tensor)
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with _fused_attention(), saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    own = {torch.ops.aten.convolution_backward: _convolution_backward}
-    with FlopCounterMode(display=False, custom_mapping=own) as counter:
-        made = step()
-        if made.requires_grad:
-            made.sum().backward()
-    return float(counter.get_total_flops()), float(sum(kept.values()))
-
-
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Attention as a GPU keeps it: queries, keys, values and the answer. The meta device would keep every score."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-        return _Attention.apply(q, k, v)  # pyright: ignore[reportReturnType]
-
-    own, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attend
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = own
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        answer = q.new_empty(*q.shape[:-1], v.shape[-1])
-        ctx.save_for_backward(q, k, v, answer)
-        return answer
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return tuple(torch.empty_like(part) for part in ctx.saved_tensors[:3])
-
-
-def _convolution_backward(
-    grad_shape: Sequence[int], x_shape: Sequence[int], weight_shape: Sequence[int], *rest: Any, **_: Any
-) -> int:
-    """Once the forward's FLOP for each gradient that is asked for; torch 2.13 forgets the groups of a depthwise one."""
-    output_mask = rest[7]
-    return 2 * prod(grad_shape) * prod(weight_shape[1:]) * sum(output_mask[:2])
+        return (
+            {part: float(flop(step)) for part, step in steps.items()},
+            {part: float(kept_bytes(step, fused_attention=True)) for part, step in steps.items()},
+        )
 
 
 def _prefix(model: MetaQuery, tokens: int) -> Prefix:

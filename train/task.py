@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """A built task. Subclass it: `counts`, `preview` and `release` do nothing unless overridden."""
+    """A built task. Subclass it: `counts`, `frozen`, `preview` and `release` do nothing unless overridden."""
 
     engines: Mapping[str, Engine]
     """The trained modules by a short name; names become file names in the checkpoint."""
@@ -40,6 +40,10 @@ class Task(Protocol):
 
     def counts(self) -> dict[str, int]:
         """What this rank has counted since it started, summed over ranks in each log line; same keys on all ranks."""
+        return {}
+
+    def frozen(self) -> dict[str, str]:
+        """sha256 of each part that is read and not trained, by name: a resumed run has to have the same."""
         return {}
 
     def preview(self, folder: Path, step: int) -> dict[str, float] | None:
