@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import logging
 
@@ -29,6 +31,20 @@ def chat_template(config: MLLMConfig) -> str | None:
     return template["default"] if isinstance(template, dict) else template
 
 
+def image_processor(config: MLLMConfig) -> Any:
+    """The model's image processor, in the class that needs no torchvision: transformers' Auto class asks for it in some
+    versions. ValueError when there is none."""
+    settings, _ = _load(ImageProcessingMixin.get_image_processor_dict, config)
+    name = str(settings.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
+    try:
+        return _load(getattr(transformers, f"{name}Pil").from_pretrained, config)
+    except (AttributeError, ImportError) as error:
+        raise ValueError(
+            f"mllm.path {config.path!r}: transformers {transformers.__version__} has no {name} that needs no torchvision; "
+            "update it, or choose another model"
+        ) from error
+
+
 def assemble_processor(config: MLLMConfig) -> Any:
     """The processor of the model that `config` names, of its tokenizer and an image processor that needs no torchvision.
 
@@ -44,7 +60,7 @@ def assemble_processor(config: MLLMConfig) -> Any:
     given = {name: settings[name] for name in inspect.signature(kind.__init__).parameters if name in settings}
     parts: dict[str, Any] = dict.fromkeys(kind.get_attributes())
     parts["tokenizer"] = from_pretrained(AutoTokenizer, config)
-    parts["image_processor"] = from_pretrained(AutoImageProcessor, config, backend="pil")
+    parts["image_processor"] = image_processor(config)
     processor = kind.__new__(kind)
     processor.check_argument_for_proper_class = lambda name, part: None  # its own check knows no missing part
     try:

@@ -7,7 +7,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     Qwen2_5_VLModel,
@@ -16,7 +15,7 @@ from transformers import (
 )
 
 from model.frozen import FrozenMLLM, MLLMConfig
-from model.hub import chat_template, from_pretrained
+from model.hub import chat_template, from_pretrained, image_processor
 from model.prefix import PrefixBuilder, Seen
 
 
@@ -80,7 +79,7 @@ class QwenPositions:
 
 
 def _processor(config: MLLMConfig) -> Qwen2VLImageProcessorPil:
-    processor = cast(Qwen2VLImageProcessorPil, from_pretrained(AutoImageProcessor, config, backend="pil"))
+    processor = cast(Qwen2VLImageProcessorPil, image_processor(config))
     size: Any = processor.size
     low = config.min_pixels if config.min_pixels is not None else size["shortest_edge"]
     high = config.max_pixels if config.max_pixels is not None else size["longest_edge"]
