@@ -23,12 +23,12 @@ import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from webdataset.writer import TarWriter
 
-from data.latents import NOTE, encode_array, latent_fingerprint, shard_state
+from data.latents import NOTE, encode_array, latent_fingerprint, note, shard_state
 from data.records import BadSample
 from data.shard_index import ShardIndex, index_shard
 from data.shards import ShardSource, expand
 from data.transforms import resize_and_crop, to_tensor
-from model.files import read_json, write_json, write_whole
+from model.files import write_json, write_whole
 from model.vae import LatentVAE, VAEConfig, load_vae
 
 
@@ -99,9 +99,10 @@ def _part(text: str) -> tuple[int, int]:
 def _announce(args: Args, fingerprint: str, shards: dict[str, str]) -> None:
     """Write what the folder's latents are of, or see that it says so already; parts may meet here."""
     path = args.out / NOTE
-    known = read_json(path)["shards"] if path.is_file() else {}
+    found = note(args.out) if path.is_file() else {"fingerprint": fingerprint, "shards": {}}
+    known = found["shards"]
     changed = [name for name, state in shards.items() if known.get(name, state) != state]
-    if path.is_file() and (changed or read_json(path).get("fingerprint") != fingerprint):
+    if changed or found["fingerprint"] != fingerprint:
         raise ValueError(f"--out {args.out} holds latents of another autoencoder, picture size or shards; name a new folder")
     args.out.mkdir(parents=True, exist_ok=True)
     content = {"fingerprint": fingerprint, "vae": asdict(args.vae), "image_size": args.image_size, "shards": known | shards}

@@ -45,7 +45,8 @@ class ShardSource:
         """`latents` stand for the pictures to draw, which are then not decoded unless `keep_pictures`."""
         self._take([index_shard(path) for path in expand(urls)])
         if latents is not None:
-            self._latents = [_latents_of(index, Path(latents)) for index in self._indexes]
+            recorded = note(Path(latents))["shards"]  # once: it names every shard
+            self._latents = [_latents_of(index, Path(latents), recorded) for index in self._indexes]
             self._skipped = () if keep_pictures else IMAGES
         if not len(self):
             raise ValueError(f"data.sources urls {urls!r}: these shards hold no sample; name others")
@@ -132,16 +133,15 @@ def decode_members(key: str, members: dict[str, bytes]) -> dict[str, Any]:
     return {"key": key, "image": image, "txt": text, "json": described, "sources": _sources(images), "mask": _mask(images)}
 
 
-def _latents_of(index: ShardIndex, folder: Path) -> tuple[ShardIndex, np.ndarray]:
+def _latents_of(index: ShardIndex, folder: Path, recorded: dict[str, str]) -> tuple[ShardIndex, np.ndarray]:
     """The index of a shard's latents, and where each sample's are in it."""
     name = os.path.basename(index.path)
-    recorded = note(folder)["shards"].get(name)
     if not (folder / name).is_file():
         raise ValueError(
             f"data.sources latents {str(folder)!r} has none of shard {name}; go on with python -m data.precompute"
         )
     latents = index_shard(str(folder / name))
-    return latents, rows_of(latents, index, recorded)
+    return latents, rows_of(latents, index, recorded.get(name))
 
 
 def _sources(images: dict[str, Image.Image]) -> tuple[Image.Image, ...]:

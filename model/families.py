@@ -1,5 +1,5 @@
-"""Frozen MLLMs that are read through transformers' own processors: LLaVA-OneVision, Idefics3 and SmolVLM, whatever else sees
-through one (InternVL is tried), and language models that see nothing."""
+"""Frozen MLLMs that are read through transformers' own processors: LLaVA-OneVision, Idefics3, SmolVLM and
+InternVL; and language models that see nothing."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -56,7 +56,7 @@ def a_run(folder, **engine) -> Run:
 def test_flop_are_those_of_a_real_step(tmp_path):
     config = tiny.metaquery_config(tmp_path)
     model = build(config)
-    flop, _ = plan.costs(blueprint(config), prefix_tokens=20)
+    flop = plan.flops(blueprint(config), prefix_tokens=20)
     ids = torch.ones(1, 20, dtype=torch.long)
     prefix = plan.Prefix(ids, ids.bool(), torch.arange(20).expand(3, 1, -1), padded=False)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the only one that is counted here
@@ -69,7 +69,7 @@ def test_kept_bytes_are_those_of_a_real_forward(tmp_path):
     config = tiny.metaquery_config(tmp_path)
     model = build(config)
     states = torch.randn(1, 4, 32, requires_grad=True)
-    _, kept = plan.costs(blueprint(config), prefix_tokens=20)
+    kept = plan.kept(blueprint(config), prefix_tokens=20)
     assert kept["connector"] == pytest.approx(kept_bytes(lambda: model.connector(states)), rel=0.05)
     assert kept["prefix"] == 0
 

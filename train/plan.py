@@ -5,8 +5,8 @@
 
 Every part is built at its full size on torch's meta device, where a step runs without computing: what FLOP it takes and what
 it keeps for the backward pass is counted from the step itself; what activation checkpointing computes again is no FLOP of
-the picture, but lowers what is kept. Models of the recipes need no download for it: their shapes
-lie in assets/shapes. Pictures in a prompt count as prefix tokens; what the vision tower takes for them is not counted.
+the picture, but lowers what is kept. Models of the recipes need no download for it: their shapes lie in assets/shapes.
+Pictures in a prompt count as prefix tokens; what the vision tower takes for them is not counted.
 """
 
 from __future__ import annotations
@@ -76,18 +76,18 @@ def plan(run: Run, world: int, prefix_tokens: int) -> dict[str, Measure]:
     model = blueprint(config)
     if run.engine.precision == "bf16":
         nn.Module.to(model, torch.bfloat16)
-    _, kept = costs(model, prefix_tokens)
-    counted, _ = costs(blueprint(unchecked(config)), prefix_tokens)
-    rank = memory(model, run.engine, world) | {"activations": size * sum(kept.values())}
+    activations = size * sum(kept(model, prefix_tokens).values())
+    counted = flops(blueprint(unchecked(config)), prefix_tokens)
+    rank = memory(model, run.engine, world) | {"activations": activations}
     tokens = prefix_tokens + run.task.model.queries
-    measures = {f"plan.{part}.parameters": _count(_size(module)) for part, module in parts(model).items()}
-    measures |= {f"plan.{part}.trained": _count(_trained(module)) for part, module in parts(model).items()}
+    measures = {f"plan.{part}.parameters": Measure(_size(module)) for part, module in parts(model).items()}
+    measures |= {f"plan.{part}.trained": Measure(_trained(module)) for part, module in parts(model).items()}
     measures |= {f"plan.rank.{kind}.bytes": Measure(number, unit="B") for kind, number in rank.items()}
     measures["plan.rank.bytes"] = Measure(sum(rank.values()), unit="B")
     measures |= {f"plan.{part}.flop": Measure(number, unit="FLOP") for part, number in counted.items()}
     measures["plan.picture.flop"] = Measure(sum(counted.values()), unit="FLOP")
     measures["plan.step.flop"] = Measure(run.schedule.batch_size * sum(counted.values()), unit="FLOP")
-    measures["plan.step.tokens"] = _count(run.schedule.batch_size * tokens)
+    measures["plan.step.tokens"] = Measure(run.schedule.batch_size * tokens)
     measures["plan.run.flop"] = Measure(run.schedule.steps * measures["plan.step.flop"].value, unit="FLOP")
     return measures
 
@@ -132,31 +132,40 @@ def memory(model: MetaQuery, engine: EngineConfig, world: int) -> dict[str, floa
     }
 
 
-def costs(model: MetaQuery, prefix_tokens: int) -> tuple[dict[str, float], dict[str, float]]:
-    """FLOP of one picture by part, forward and backward, and the bytes it keeps for the backward pass, with attention that
-    keeps no scores (flash or memory-efficient)."""
+def flops(model: MetaQuery, prefix_tokens: int) -> dict[str, float]:
+    """FLOP of one picture by part, forward and backward."""
+    with torch.device("meta"):
+        return {part: float(flop(step)) for part, step in _steps(model, prefix_tokens).items()}
+
+
+def kept(model: MetaQuery, prefix_tokens: int) -> dict[str, float]:
+    """Bytes that one picture keeps for the backward pass by part, with attention that keeps no scores (flash or
+    memory-efficient)."""
+    with torch.device("meta"):
+        steps = _steps(model, prefix_tokens)
+        return {part: float(kept_bytes(step, fused_attention=True)) for part, step in steps.items()}
+
+
+def _steps(model: MetaQuery, prefix_tokens: int) -> dict[str, Callable[[], Tensor]]:
+    """The forward of each part for one picture, from inputs of its own, on torch's default device."""
     channels, height, width = model.latent_shape
     side = (model.image_size, model.image_size)
-    with torch.device("meta"):
-        prefix = _prefix(model, prefix_tokens)
-        vectors = torch.zeros(model.config.queries, model.mllm.width, requires_grad=True)
-        known = model.mllm.prefill(prefix)
-        states = torch.zeros(1, model.config.queries, model.mllm.width, requires_grad=True)
-        condition = torch.zeros(1, model.config.queries, model.decoder.condition_width, requires_grad=True)
-        x_t, t = torch.zeros(1, channels, height, width), torch.zeros(1)
-        steps: dict[str, Callable[[], Tensor]] = {
-            "vae": lambda: model.vae.encode(torch.zeros(1, 3, *side)),
-            "prefix": lambda: model.mllm.prefill(prefix).states,
-            "queries": lambda: model.mllm.read(known, vectors),
-            "connector": lambda: model.connector(states),
-            "decoder": lambda: model.decoder(x_t, t, condition),
-        }
-        if model.queries is None:
-            del steps["queries"]
-        return (
-            {part: float(flop(step)) for part, step in steps.items()},
-            {part: float(kept_bytes(step, fused_attention=True)) for part, step in steps.items()},
-        )
+    prefix = _prefix(model, prefix_tokens)
+    vectors = torch.zeros(model.config.queries, model.mllm.width, requires_grad=True)
+    known = model.mllm.prefill(prefix)
+    states = torch.zeros(1, model.config.queries, model.mllm.width, requires_grad=True)
+    condition = torch.zeros(1, model.config.queries, model.decoder.condition_width, requires_grad=True)
+    x_t, t = torch.zeros(1, channels, height, width), torch.zeros(1)
+    steps: dict[str, Callable[[], Tensor]] = {
+        "vae": lambda: model.vae.encode(torch.zeros(1, 3, *side)),
+        "prefix": lambda: model.mllm.prefill(prefix).states,
+        "queries": lambda: model.mllm.read(known, vectors),
+        "connector": lambda: model.connector(states),
+        "decoder": lambda: model.decoder(x_t, t, condition),
+    }
+    if model.queries is None:
+        del steps["queries"]
+    return steps
 
 
 def _prefix(model: MetaQuery, tokens: int) -> Prefix:
@@ -181,10 +190,6 @@ def _trained(module: nn.Module | None) -> int:
 
 def _bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def _count(number: float) -> Measure:
-    return Measure(number)
 
 
 if __name__ == "__main__":
