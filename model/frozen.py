@@ -5,18 +5,18 @@ into a key/value cache, and only the queries run with one. Whatever transformers
 or goes on from a cache, and its `lm_head` names the next token; what differs between families is how a prefix is made
 (model/mllm.py). Letters: B batch, P prefix tokens, Q queries, D width, V vocabulary."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from model.assets import fingerprint, tensors_of
+from model.prefilled import Prefilled, by_length, joined
 from model.prefix import Prefix, PrefixBuilder
 
 
@@ -33,38 +33,6 @@ class MLLMConfig:
     """Pictures of more pixels are scaled down; each 28 x 28 pixels are a token in Qwen2.5-VL, 32 x 32 in Qwen3-VL."""
 
 
-@dataclass(frozen=True)
-class Prefilled:
-    """A prefix the model has read. Nothing grows it: every read and reply works on its own view of the cache."""
-
-    layers: tuple[tuple[Tensor, Tensor], ...]  # keys, values [B, heads, P, D / heads] of each layer
-    mask: Tensor  # [B, P] bool
-    next_positions: Tensor  # [B] long: where the next token stands
-    states: Tensor  # [B, P, D] after the last norm
-    padded: bool = True  # whether any row of the prefix is
-
-    @property
-    def batch_size(self) -> int:
-        return self.mask.shape[0]
-
-    def select(self, rows: Sequence[int]) -> "Prefilled":
-        """These rows, in this order; a row named n times serves n images."""
-        index = torch.tensor(list(rows), device=self.mask.device)
-        return Prefilled(
-            layers=tuple((keys[index], values[index]) for keys, values in self.layers),
-            mask=self.mask[index],
-            next_positions=self.next_positions[index],
-            states=self.states[index],
-            padded=self.padded,
-        )
-
-    def last_states(self, count: int) -> Tensor:
-        """States of the last `count` prefix tokens, [B, count, D]; zero where a row is shorter."""
-        states = self.states * self.mask.unsqueeze(-1)  # [B, P, D]
-        missing = max(0, count - states.shape[1])
-        return F.pad(states, (0, 0, missing, 0))[:, -count:]
-
-
 class FrozenMLLM:
     """An MLLM that is read and talked to, never trained, over a transformers class with `model` and `lm_head`."""
 
@@ -76,6 +44,7 @@ class FrozenMLLM:
         self.model: Any = model.eval().requires_grad_(False)  # Any: its annotations lag behind its signatures
         self.builder = builder
         self.prefills = 0  # how often a prefix was read, for tests and reports
+        self._heads: dict[tuple[int, ...], Prefilled] = {}  # of each `Prefix.head` that was met
         self.width: int = self.model.get_input_embeddings().weight.shape[1]  # D
         self.context: int = self.model.config.get_text_config().max_position_embeddings  # its longest sequence, in tokens
         if any(DynamicCache(config=self.model.config.get_text_config()).is_sliding):
@@ -96,22 +65,18 @@ class FrozenMLLM:
     def to(self, device: torch.device | str) -> "FrozenMLLM":
         """Move in place; returns itself."""
         self.model.to(device)
+        self._heads.clear()
         return self
 
     @torch.no_grad()
     def prefill(self, prefix: Prefix) -> Prefilled:
-        """Read the prefix without a graph."""
+        """Read the prefix without a graph: rows of like length together, what all of them begin with once per process."""
         self.prefills += 1
         prefix = prefix.to(self.device)
-        with _own_dtype(self.device):
-            out = self.model.model(**self.arguments(prefix), use_cache=True)
-        return Prefilled(
-            layers=tuple((layer.keys, layer.values) for layer in out.past_key_values.layers),
-            mask=prefix.mask,
-            next_positions=_ends_at(prefix) + 1,
-            states=out.last_hidden_state,
-            padded=prefix.padded,
-        )
+        groups = [[]] if prefix.lengths is None else by_length(prefix.lengths)
+        if len(groups) == 1:
+            return self._prefill(prefix)
+        return joined([self._prefill(prefix.select(rows).trimmed()) for rows in groups], groups)
 
     def read(self, prefix: Prefix | Prefilled, queries: Tensor) -> Tensor:
         """What the model makes of queries [Q, D] after the prefix: [B, Q, D]; the graph reaches the queries only."""
@@ -131,8 +96,8 @@ class FrozenMLLM:
         if prefix.padded:
             given["attention_mask"] = torch.cat([prefix.mask, prefix.mask.new_ones(batch, count)], dim=1)
         given["position_ids"] = torch.cat([prefix.positions, positions], dim=-1)
-        with _own_dtype(self.device):
-            states = self.model.model(inputs_embeds=embeds, **given, use_cache=False).last_hidden_state
+        with _own_dtype(self.device):  # without a cache, transformers would ask the device whether rows are packed
+            states = self.model.model(inputs_embeds=embeds, **given, use_cache=True).last_hidden_state
         return states[:, -count:]
 
     def reply(
@@ -175,6 +140,38 @@ class FrozenMLLM:
     def arguments(self, prefix: Prefix) -> dict[str, Tensor]:
         """The prefix as the keyword arguments of this family's class."""
         return prefix.arguments()
+
+    def _prefill(self, prefix: Prefix) -> Prefilled:
+        head = self._head(prefix)
+        rest = prefix if head is None else prefix.without_head()
+        given, cache = self.arguments(rest), None
+        if head is not None:
+            head = head.select([0] * prefix.batch_size)
+            cache = self._cache(head)
+            if rest.padded:
+                given["attention_mask"] = torch.cat([head.mask, rest.mask], dim=1)
+        with _own_dtype(self.device):
+            out = self.model.model(**given, past_key_values=cache, use_cache=True)
+        return Prefilled(
+            layers=tuple((layer.keys, layer.values) for layer in out.past_key_values.layers),
+            mask=rest.mask if head is None else torch.cat([head.mask, rest.mask], dim=1),
+            next_positions=_ends_at(prefix) + 1,
+            states=out.last_hidden_state if head is None else torch.cat([head.states, out.last_hidden_state], dim=1),
+            padded=rest.padded,
+        )
+
+    def _head(self, prefix: Prefix) -> Prefilled | None:
+        """What every row of the prefix begins with, read when it is first met; None where nothing is known of it."""
+        if not prefix.head:
+            return None
+        if prefix.head not in self._heads:
+            ids = torch.tensor([prefix.head], device=self.device)
+            positions = _steps(ids.new_zeros(1), len(prefix.head))
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            self._heads[prefix.head] = self._prefill(
+                Prefix(ids, mask, self._on_axes(positions), lengths=(len(prefix.head),))
+            )
+        return self._heads[prefix.head]
 
     @torch.no_grad()
     def _generate(self, prefix: Prefix | Prefilled, max_new_tokens: int, temperature: float, seed: int) -> Iterator[Tensor]:

@@ -125,9 +125,9 @@ def build(
     return assemble(_pinned(config), mllm, vae, decoder, mllm.embedding_std)
 
 
-def blueprint(config: MetaQueryConfig) -> MetaQuery:
-    """The same on torch's meta device: every shape and no weights, of which none are read or downloaded."""
-    with torch.device("meta"):
+def blueprint(config: MetaQueryConfig, device: torch.device | str = "meta") -> MetaQuery:
+    """The same with no weights read or downloaded: every shape on torch's meta device, or random weights on a real one."""
+    with torch.device(device):
         decoder = build_decoder(config.decoder, weights=False, noise=config.noise)
         return assemble(config, outline(config.mllm), load_vae(config.vae, weights=False), decoder, embedding_std=1.0)
 

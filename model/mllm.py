@@ -4,14 +4,16 @@ A new family is a line in the table below: `ImageTextToText` if its positions ha
 transformers' processor gives image tensors that can be joined on their first axis; else a class beside those of
 model/families.py. tests/test_families.py holds it against transformers' own class, once tests/tiny_families.py makes one."""
 
+from contextlib import nullcontext
 from typing import cast
 
 import torch
 from transformers import AutoConfig
 
 from model.families import Idefics, ImageTextToText, LlavaOnevision, TextLLM
-from model.frozen import FrozenMLLM, MLLMConfig, Prefilled
+from model.frozen import FrozenMLLM, MLLMConfig
 from model.hub import Source, from_pretrained, weights
+from model.prefilled import Prefilled
 from model.prefix import PrefixBuilder
 from model.qwen import Qwen2_5_VL, Qwen3_VL
 
@@ -31,11 +33,13 @@ _FAMILIES: dict[str, Family] = {
 }
 
 
-def load(config: MLLMConfig) -> FrozenMLLM:
-    """The model that `config` names, frozen, on CPU. ValueError when it is missing or of a family we do not know."""
+def load(config: MLLMConfig, device: torch.device | None = None) -> FrozenMLLM:
+    """The model that `config` names, frozen, its files read straight onto `device` (None: CPU). ValueError when it is
+    missing or of a family we do not know."""
     family = _family(config)
     source, dtype = Source("mllm.path", config.path, config.revision), getattr(torch, config.dtype)
-    model = weights(source, family.model_class, dtype=dtype, trust_remote_code=False)
+    with nullcontext() if device is None or device.type == "cpu" else device:  # transformers loads where it stands
+        model = weights(source, family.model_class, dtype=dtype, trust_remote_code=False)
     return family(config, model, family.make_builder(config))
 
 

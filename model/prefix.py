@@ -6,6 +6,7 @@ The model's own chat template frames the turns. What users wrote is encoded apar
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -57,11 +58,17 @@ class Prefix:
     positions: Tensor  # [3, B, P] long (time, height, width), or [B, P] for models with one axis
     images: Mapping[str, Tensor] = field(default_factory=dict)  # by the model's argument names, of all rows in order
     image_splits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # how much of the first axis is each row's
-    padded: bool = True  # whether any row is; known here, where asking costs nothing
+    lengths: tuple[int, ...] | None = None  # of each row in tokens, known here, where asking costs nothing; None: unknown
+    head: tuple[int, ...] = ()  # the ids that every row begins with, where they are those of every prefix of this kind
 
     @property
     def batch_size(self) -> int:
         return self.ids.shape[0]
+
+    @property
+    def padded(self) -> bool:
+        """Whether any row is, or may be."""
+        return self.lengths is None or min(self.lengths) < self.ids.shape[1]
 
     def arguments(self) -> dict[str, Tensor]:
         """The prefix as the keyword arguments of a transformers model. Positions are explicit: some models would keep
@@ -84,7 +91,33 @@ class Prefix:
         index = torch.tensor(list(rows), device=self.ids.device)
         parts = {name: tensor.split(self.image_splits[name]) for name, tensor in self.images.items()}
         images, splits = join([{name: part[row] for name, part in parts.items() if len(part[row])} for row in rows])
-        return Prefix(self.ids[index], self.mask[index], self.positions[..., index, :], images, splits, self.padded)
+        lengths = self.lengths and tuple(self.lengths[row] for row in rows)
+        return replace(
+            self,
+            ids=self.ids[index],
+            mask=self.mask[index],
+            positions=self.positions[..., index, :],
+            images=images,
+            image_splits=splits,
+            lengths=lengths,
+        )
+
+    def trimmed(self) -> "Prefix":
+        """Without the columns that are padding in every row."""
+        width = self.ids.shape[1] if self.lengths is None else max(self.lengths)
+        return replace(self, ids=self.ids[:, -width:], mask=self.mask[:, -width:], positions=self.positions[..., -width:])
+
+    def without_head(self) -> "Prefix":
+        """What follows the head in each row, padded on the left by as much as before."""
+        count = len(self.head)
+        return replace(
+            self,
+            ids=self.ids[:, count:],  # under the padding lies some of the head
+            mask=self.mask[:, : self.mask.shape[1] - count],
+            positions=self.positions[..., count:],
+            lengths=self.lengths and tuple(length - count for length in self.lengths),
+            head=(),
+        )
 
 
 def join(rows: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
@@ -143,25 +176,35 @@ class PrefixBuilder:
         The empty prompt without images is the unconditional branch of guidance."""
         images = images if images is not None else [()] * len(prompts)
         system = Turn("system", DRAW_SYSTEM)
-        return self([[system, Turn("user", p, tuple(i))] for p, i in zip(prompts, images, strict=True)])
+        prefix = self([[system, Turn("user", p, tuple(i))] for p, i in zip(prompts, images, strict=True)])
+        return replace(prefix, head=self._draw_head)
 
     def with_targets(self, conversations: Sequence[Sequence[Turn]]) -> tuple[Prefix, Tensor]:
         """Whole conversations to train on, and targets [B, P]: the ids of what the assistant says, its closing mark
         included, `IGNORED` elsewhere. Targets are not shifted."""
         return self._build(conversations, add_generation_prompt=False)
 
+    @cached_property
+    def _draw_head(self) -> tuple[int, ...]:
+        """The ids of the instruction to draw and the frame before it: encoded apart from what follows, so always these."""
+        pieces = self._pieces([Turn("system", DRAW_SYSTEM), Turn("user", "")], add_generation_prompt=True)
+        first_text = next(number for number, _ in pieces if number is not None)
+        if first_text != 0:  # the template has the system's turn elsewhere
+            return ()
+        return tuple(self._row([Turn("system", DRAW_SYSTEM)], iter([]), pieces[:2]).ids)
+
     def _build(self, conversations: Sequence[Sequence[Turn]], add_generation_prompt: bool) -> tuple[Prefix, Tensor]:
         seen = [self._see([image for turn in turns for image in turn.images]) for turns in conversations]
         rows = [
-            self._row(turns, iter(what.tokens), add_generation_prompt)
+            self._row(turns, iter(what.tokens), self._pieces(turns, add_generation_prompt))
             for turns, what in zip(conversations, seen, strict=True)
         ]
         ids = self._pad([row.ids for row in rows], self.pad_id)  # [B, P]
         targets = self._pad([row.targets for row in rows], IGNORED)  # [B, P]
         mask = self._pad([[1] * len(row.ids) for row in rows], 0).bool()  # [B, P]
         images, splits = join([what.tensors for what in seen])
-        padded = len({len(row.ids) for row in rows}) > 1
-        return Prefix(ids, mask, self.positions(ids, mask, images), images, splits, padded), targets
+        lengths = tuple(len(row.ids) for row in rows)
+        return Prefix(ids, mask, self.positions(ids, mask, images), images, splits, lengths), targets
 
     def _see(self, images: list[Image.Image]) -> Seen:
         if not images:
@@ -173,12 +216,14 @@ class PrefixBuilder:
                 raise ValueError(f"an image is a {type(image).__name__}; give a PIL image")
         return self.images([image.convert("RGB") for image in images])
 
-    def _row(self, turns: Sequence[Turn], image_tokens: Iterator[list[int]], add_generation_prompt: bool) -> _Row:
+    def _row(
+        self, turns: Sequence[Turn], image_tokens: Iterator[list[int]], pieces: Sequence[tuple[int | None, str]]
+    ) -> _Row:
         """Encode the frame and the texts apart; an image's mark in the frame becomes its tokens."""
         row = _Row()
         closes = False  # whether the next piece of frame begins with the mark that ends an answer
         blanks = ""  # at the end of a frame: words are tokens with the blank before them
-        for number, piece in self._pieces(turns, add_generation_prompt):
+        for number, piece in pieces:
             if number is not None:
                 row.add(self._encode_text(turns[number], blanks), said=turns[number].role == "assistant")
                 closes = turns[number].role == "assistant"

@@ -1,13 +1,17 @@
 """Every ZeRO stage on two ranks does what plain torch does on one, resumes bit for bit, and refuses bad steps together."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from model.connector import Connector, ConnectorConfig
 from tests.toy import BATCH, CLIP_NORM, EMA, OPTIM, STEPS, Toy, advance, digest, net, rows
 from tests.two_ranks import CASES, SAVED_AT, ZERO_STAGES, losses, results, tiny_run
 from train import checkpoint, run
+from train.compiled import compile_blocks
 from train.ema import kept
 from train.engine import EngineConfig, deepspeed_config
 from train.optim import adamw, learning_rate
@@ -115,6 +119,23 @@ def test_accumulation_changes_nothing_on_one_rank():
     assert digest(whole.engine) != digest(parts.engine)  # rounding differs: the comparison above is not of one object
 
 
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
+def test_an_offloaded_optimizer_takes_the_same_steps_and_resumes(tmp_path, zero, precision):
+    ranks = start(60)
+    config = EngineConfig(zero=zero, precision=precision, clip_norm=CLIP_NORM)
+    here, there = Toy(ranks, config), Toy(ranks, replace(config, offload_optimizer=True))
+    expected = [step.loss for step in advance(here, 0, STEPS)]
+    seen = [step.loss for step in advance(there, 0, SAVED_AT)]
+    path = checkpoint.save(tmp_path, SAVED_AT, SAVED_AT * BATCH, there.engines, {}, 1, ranks)
+    again = Toy(ranks, replace(config, offload_optimizer=True))
+    checkpoint.load(path, again.engines, ranks)
+    seen += [step.loss for step in advance(again, SAVED_AT, STEPS)]
+    assert seen == pytest.approx(expected, rel=1e-6 if precision == "fp32" else 1e-3)
+    advance(there, SAVED_AT, STEPS)
+    assert digest(there.engine) == digest(again.engine)
+
+
 def test_spike_is_refused_once_the_loss_has_settled():
     ranks = start(60)
     config = EngineConfig(zero=1, precision="fp32")
@@ -160,6 +181,27 @@ def test_agreeing_deepspeed_json_is_merged(tmp_path):
     merged = deepspeed_config(EngineConfig(deepspeed_json=path), batch_size=8, accumulation=1, world=1)
     assert merged["gradient_clipping"] == 1.0
     assert merged["zero_optimization"] == {"stage": 1, "overlap_comm": False}
+
+
+def test_compiled_blocks_train_alike():
+    """The outermost stacks, each block once; state keeps its names. The engine takes the same steps with them."""
+    torch.manual_seed(0)
+    plain = Connector(ConnectorConfig(layers=2), 32, 16)
+    compiled = copy.deepcopy(plain)
+    x = torch.randn(2, 5, 32)
+    plain(x).square().mean().backward()
+    assert compile_blocks(compiled) == 2
+    compiled(x).square().mean().backward()
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for name, parameter in compiled.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+
+
+def test_settings_that_cannot_be_had_together_are_refused():
+    with pytest.raises(ValueError, match=r"engine.compile with engine.zero 3"):
+        EngineConfig(zero=3, compile=True)
+    with pytest.raises(ValueError, match=r"engine.offload_optimizer with engine.zero 0"):
+        EngineConfig(zero=0, precision="fp32", offload_optimizer=True)
 
 
 def test_zero_0_needs_fp32():

@@ -71,6 +71,33 @@ def test_one_graph_over_everything_agrees(family):
     torch.testing.assert_close(ours.read_full(prefix, queries), ours.read(prefix, queries), rtol=1e-5, atol=1e-5)
 
 
+def drawings(name: str) -> tuple[list[str], list[list[Any]]]:
+    """Prompts and pictures to draw from, of mixed lengths."""
+    pictures = [[tiny.image((40, 24))], [], [tiny.image(), tiny.image((24, 40))], []] if name in SEEING else [[]] * 4
+    return ["a", "a green cross above a yellow star and much more of the same", "like these", ""], pictures
+
+
+@pytest.mark.parametrize("pass_tokens", [0, 10**6])
+def test_a_head_read_once_and_rows_read_apart_change_nothing(family, monkeypatch, pass_tokens):
+    """Every row apart, or all in one pass; the instruction to draw is read the first time only, padded rows or not."""
+    name, _, ours, _ = family
+    monkeypatch.setattr("model.prefilled.PASS_TOKENS", pass_tokens)
+    queries = torch.randn(QUERIES, ours.width, generator=torch.Generator().manual_seed(1))
+    prefix = ours.builder.draw(*drawings(name))
+    assert len(prefix.head) > 8
+    assert all(
+        row[mask].tolist()[: len(prefix.head)] == list(prefix.head)
+        for row, mask in zip(prefix.ids, prefix.mask, strict=True)
+    )
+    known = ours.prefill(prefix)
+    torch.testing.assert_close(ours.read(known, queries), ours.read_full(prefix, queries), rtol=1e-5, atol=1e-5)
+    plain = ours.prefill(replace(prefix, head=(), lengths=None))
+    torch.testing.assert_close(known.last_states(50), plain.last_states(50), rtol=1e-5, atol=1e-5)
+    assert torch.equal(known.next_positions, plain.next_positions)
+    alone = ours.builder.draw([""])
+    torch.testing.assert_close(ours.read(alone, queries), ours.read_full(alone, queries), rtol=1e-5, atol=1e-5)
+
+
 def test_rows_take_their_images_along(family):
     name, _, ours, _ = family
     turns = conversations(name)

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.metaquery import blueprint, build
+from model.prefix import Prefix
 from sample.measures import read_json
 from tests import tiny
 from train import plan, run
@@ -58,7 +59,7 @@ def test_flop_are_those_of_a_real_step(tmp_path):
     model = build(config)
     flop = plan.flops(blueprint(config), prefix_tokens=20)
     ids = torch.ones(1, 20, dtype=torch.long)
-    prefix = plan.Prefix(ids, ids.bool(), torch.arange(20).expand(3, 1, -1), padded=False)
+    prefix = Prefix(ids, ids.bool(), torch.arange(20).expand(3, 1, -1), lengths=(20,))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the only one that is counted here
         pixels = torch.zeros(1, 3, 16, 16)
         model(prefix, torch.randn_like(model.vae.encode(pixels)), torch.rand(1)).sum().backward()

@@ -18,6 +18,7 @@ from data.records import DRAWN
 from data.shards import Shards
 from model.files import match, read_tensors
 from model.metaquery import MetaQuery, MetaQueryConfig, build
+from model.mllm import load
 from model.noise import noise
 from model.store import frozen_parts, save
 from train.dense import DenseHead, load_head
@@ -47,7 +48,7 @@ class MetaQueryTaskConfig:
         """Load the frozen parts, make the others, and hand what trains to an engine."""
         if run.data.task not in DRAWN:
             raise ValueError(f"data.task is {run.data.task}; a MetaQuery learns from {', '.join(DRAWN)}")
-        model = build(self.model)
+        model = build(self.model, mllm=load(self.model.mllm, ranks.device))
         if run.data.image_size != model.image_size:
             raise ValueError(f"data.image_size is {run.data.image_size}, the decoder draws {model.image_size}; give that")
         for source in run.data.sources:

@@ -12,25 +12,24 @@ Pictures in a prompt count as prefix tokens; what the vision tower takes for the
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
 from model.assets import locate
 from model.decoder import DiffusersDecoderConfig
 from model.metaquery import MetaQuery, MetaQueryConfig, blueprint
-from model.prefix import Prefix
 from sample import cli
 from sample.measures import Measure, show, write_json
 from train.config import Run
 from train.cost import flop, kept_bytes
 from train.engine import EngineConfig, micro_batch_size
 from train.metaquery import MetaQueryTaskConfig
+from train.parts import parts, steps
 
 SHAPES = "assets/shapes"
 GRADIENT_BYTES = {"fp32": 4, "autocast": 4, "bf16": 2}  # of a weight, and of its gradient
@@ -68,21 +67,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def plan(run: Run, world: int, prefix_tokens: int) -> dict[str, Measure]:
-    """Parameters of each part, bytes on each rank by kind, FLOP of a picture by part, tokens of a step."""
-    if not isinstance(run.task, MetaQueryTaskConfig):
-        raise ValueError(f"{run.name} is no MetaQuery run that draws; --plan knows those alone")
+    """Parameters of each part, bytes of each rank by kind (on its device, and what is offloaded to its host), FLOP of a
+    picture by part, tokens of a step."""
+    config = shaped(metaquery_of(run))
     size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, world)
-    config = shaped(run.task.model)
     model = blueprint(config)
     if run.engine.precision == "bf16":
         nn.Module.to(model, torch.bfloat16)
     activations = size * sum(kept(model, prefix_tokens).values())
     counted = flops(blueprint(unchecked(config)), prefix_tokens)
     rank = memory(model, run.engine, world) | {"activations": activations}
-    tokens = prefix_tokens + run.task.model.queries
+    host = {"optimizer": rank.pop("optimizer")} if run.engine.offload_optimizer else {}
+    tokens = prefix_tokens + config.queries
     measures = {f"plan.{part}.parameters": Measure(_size(module)) for part, module in parts(model).items()}
     measures |= {f"plan.{part}.trained": Measure(_trained(module)) for part, module in parts(model).items()}
     measures |= {f"plan.rank.{kind}.bytes": Measure(number, unit="B") for kind, number in rank.items()}
+    measures |= {f"plan.host.{kind}.bytes": Measure(number, unit="B") for kind, number in host.items()}
     measures["plan.rank.bytes"] = Measure(sum(rank.values()), unit="B")
     measures |= {f"plan.{part}.flop": Measure(number, unit="FLOP") for part, number in counted.items()}
     measures["plan.picture.flop"] = Measure(sum(counted.values()), unit="FLOP")
@@ -90,6 +90,13 @@ def plan(run: Run, world: int, prefix_tokens: int) -> dict[str, Measure]:
     measures["plan.step.tokens"] = Measure(run.schedule.batch_size * tokens)
     measures["plan.run.flop"] = Measure(run.schedule.steps * measures["plan.step.flop"].value, unit="FLOP")
     return measures
+
+
+def metaquery_of(run: Run) -> MetaQueryConfig:
+    """The model that the run trains. ValueError for one that trains something else."""
+    if not isinstance(run.task, MetaQueryTaskConfig):
+        raise ValueError(f"{run.name} is no MetaQuery run that draws; only those can be planned and timed")
+    return run.task.model
 
 
 def shaped(config: MetaQueryConfig) -> MetaQueryConfig:
@@ -104,17 +111,6 @@ def unchecked(config: MetaQueryConfig) -> MetaQueryConfig:
     if isinstance(decoder, DiffusersDecoderConfig):
         decoder = replace(decoder, activation_checkpointing=False)
     return replace(config, connector=replace(config.connector, activation_checkpointing=False), decoder=decoder)
-
-
-def parts(model: MetaQuery) -> dict[str, nn.Module | None]:
-    """The modules by the names of the plan."""
-    return {
-        "mllm": model.mllm.model,
-        "vae": model.vae.autoencoder,
-        "queries": model.queries,
-        "connector": model.connector,
-        "decoder": model.decoder,
-    }
 
 
 def memory(model: MetaQuery, engine: EngineConfig, world: int) -> dict[str, float]:
@@ -135,44 +131,15 @@ def memory(model: MetaQuery, engine: EngineConfig, world: int) -> dict[str, floa
 def flops(model: MetaQuery, prefix_tokens: int) -> dict[str, float]:
     """FLOP of one picture by part, forward and backward."""
     with torch.device("meta"):
-        return {part: float(flop(step)) for part, step in _steps(model, prefix_tokens).items()}
+        return {part: float(flop(step)) for part, step in steps(model, prefix_tokens).items()}
 
 
 def kept(model: MetaQuery, prefix_tokens: int) -> dict[str, float]:
     """Bytes that one picture keeps for the backward pass by part, with attention that keeps no scores (flash or
     memory-efficient)."""
     with torch.device("meta"):
-        steps = _steps(model, prefix_tokens)
-        return {part: float(kept_bytes(step, fused_attention=True)) for part, step in steps.items()}
-
-
-def _steps(model: MetaQuery, prefix_tokens: int) -> dict[str, Callable[[], Tensor]]:
-    """The forward of each part for one picture, from inputs of its own, on torch's default device."""
-    channels, height, width = model.latent_shape
-    side = (model.image_size, model.image_size)
-    prefix = _prefix(model, prefix_tokens)
-    vectors = torch.zeros(model.config.queries, model.mllm.width, requires_grad=True)
-    known = model.mllm.prefill(prefix)
-    states = torch.zeros(1, model.config.queries, model.mllm.width, requires_grad=True)
-    condition = torch.zeros(1, model.config.queries, model.decoder.condition_width, requires_grad=True)
-    x_t, t = torch.zeros(1, channels, height, width), torch.zeros(1)
-    steps: dict[str, Callable[[], Tensor]] = {
-        "vae": lambda: model.vae.encode(torch.zeros(1, 3, *side)),
-        "prefix": lambda: model.mllm.prefill(prefix).states,
-        "queries": lambda: model.mllm.read(known, vectors),
-        "connector": lambda: model.connector(states),
-        "decoder": lambda: model.decoder(x_t, t, condition),
-    }
-    if model.queries is None:
-        del steps["queries"]
-    return steps
-
-
-def _prefix(model: MetaQuery, tokens: int) -> Prefix:
-    ids = torch.zeros(1, tokens, dtype=torch.long)
-    axes = model.mllm.position_axes
-    positions = ids if axes is None else ids.expand(axes, -1, -1)
-    return Prefix(ids, torch.ones(1, tokens, dtype=torch.bool), positions, padded=False)
+        made = steps(model, prefix_tokens)
+        return {part: float(kept_bytes(step, fused_attention=True)) for part, step in made.items()}
 
 
 def _shaped(part: Any) -> Any:
