@@ -30,6 +30,7 @@ SMALL = [
 def test_the_prefix_keeps_no_activations(tmp_path):
     main([*SMALL, "--json", str(tmp_path / "speed.json")])
     measures = read_json(tmp_path / "speed.json")
+    assert f"torch {torch.__version__}" in (tmp_path / "speed.machine.txt").read_text()
     assert measures["speed.reading.memory_saving"].value > 1.5  # 28 tokens through the model with a graph, or 4
     assert measures["speed.step_ratio"].value > 0
     assert measures["speed.memory_saving"].value > 1
@@ -58,6 +59,15 @@ def test_a_recipe_is_counted_at_its_full_size():
 def test_kept_bytes_are_those_autograd_keeps():
     x, weight = torch.randn(10, 100), torch.nn.Parameter(torch.randn(100, 3))
     assert kept_bytes(lambda: (x @ weight).sum()) == x.nbytes  # the weight is not an activation
+
+
+def test_prompts_are_read_faster_together(tmp_path):
+    main(["reading", "--batch-size", "6", "--pictures", "2", "--repeats", "1", "--json", str(tmp_path / "reading.json")])
+    measures = read_json(tmp_path / "reading.json")
+    assert measures["reading.tokens"].value < measures["reading.padded_tokens"].value
+    assert measures["reading.head_tokens"].value > 8
+    with pytest.raises(ValueError, match="no more pictures than prompts"):
+        main(["reading", "--batch-size", "2", "--pictures", "3"])
 
 
 def test_sizes_below_one_are_refused():

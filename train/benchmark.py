@@ -1,6 +1,7 @@
 """How much faster and smaller the bridge's step is than the plain path, measured side by side in one run.
 
     python -m train.benchmark metaquery --prefix-tokens 256 --json speed.json
+    python -m train.benchmark reading
     python -m train.benchmark metaquery --config metaquery.xlarge_sana --device cuda --precision autocast --compile
 
 The plain path is the obvious way to train queries: as further rows of the token embeddings, which all get a gradient, and by
@@ -34,11 +35,13 @@ from torch import Tensor, nn
 
 from model.metaquery import MetaQuery, blueprint
 from sample.cli import run
-from sample.measures import Measure, show, write_json
+from sample.measures import Measure, show, spread
 from train import stand_in
+from train.benchmark_reading import Reading, reading
 from train.compiled import compile_blocks
 from train.cost import flop, kept_bytes
 from train.loss import squared_error
+from train.machine import record
 from train.optim import OptimConfig, adamw
 from train.parts import blank_prefix, steps
 from train.plan import metaquery_of, shaped, unchecked
@@ -72,7 +75,8 @@ class Metaquery:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark that the command line names."""
-    metaquery(tyro.extras.subcommand_cli_from_dict({"metaquery": Metaquery}, args=argv))
+    args = tyro.extras.subcommand_cli_from_dict({"metaquery": Metaquery, "reading": Reading}, args=argv)
+    reading(args) if isinstance(args, Reading) else metaquery(args)
 
 
 def metaquery(args: Metaquery) -> None:
@@ -105,7 +109,7 @@ def metaquery(args: Metaquery) -> None:
     fastest = statistics.median(seconds[False])
     rate = args.peak_tflops * 1e12 if args.peak_tflops else bench.matrix_rate()
     measures = {
-        "speed.step": _spread(seconds[False]),
+        "speed.step": spread(seconds[False], "s"),
         "speed.images": Measure(args.batch_size / fastest, n=args.repeats, unit="1/s"),
         "speed.utilisation": Measure(counted[False] / fastest / rate, n=args.repeats),
         "speed.peak_rate": Measure(rate, unit="FLOP/s"),
@@ -117,8 +121,8 @@ def metaquery(args: Metaquery) -> None:
     if args.plain:
         ratios = [theirs / ours for ours, theirs in zip(seconds[False], seconds[True], strict=True)]
         measures |= {
-            "speed.step_ratio": Measure(statistics.median(ratios), min(ratios), max(ratios), args.repeats, "x"),
-            "speed.plain_step": _spread(seconds[True]),
+            "speed.step_ratio": spread(ratios, "x"),
+            "speed.plain_step": spread(seconds[True], "s"),
             "speed.memory_saving": Measure(kept[True] / kept[False], unit="x"),
             "speed.reading.memory_saving": Measure(read[True] / read[False], unit="x"),
             "speed.plain_activations": Measure(kept[True], unit="B"),
@@ -130,7 +134,7 @@ def metaquery(args: Metaquery) -> None:
     where = f"{args.config or 'small shapes'} on {args.device}, {torch.get_num_threads()} thread(s)"
     show(f"{where}, {args.prefix_tokens} prefix tokens, batches of {args.batch_size}", measures)
     if args.json is not None:
-        write_json(args.json, measures)
+        record(args.json, measures)
 
 
 def build(args: Metaquery, device: str) -> MetaQuery:
@@ -217,10 +221,10 @@ class Bench:
         measured = {}
         for part, forward in forwards.items():
             seconds = [self._timed(partial(both_ways, forward), []) for _ in range(self.args.repeats + 1)]
-            measured[part] = _spread(seconds[1:])
+            measured[part] = spread(seconds[1:], "s")
         self.loss(plain=False).backward()
         seconds = [self._timed(lambda: None, self.optimizers[:2], keep=True) for _ in range(self.args.repeats)]
-        return measured | {"optimizer": _spread(seconds)}
+        return measured | {"optimizer": spread(seconds, "s")}
 
     def matrix_rate(self) -> float:
         """FLOP per second of the best of five products of large square matrices, in the precision of the steps."""
@@ -246,10 +250,6 @@ class Bench:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _spread(seconds: list[float]) -> Measure:
-    return Measure(statistics.median(seconds), min(seconds), max(seconds), len(seconds), "s")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""Measures of speed -> a file, and beside it what they were measured on: a time means nothing without its machine."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from model.files import write_whole
+from sample.measures import Measure, write_json
+
+
+def record(path: Path, measures: Mapping[str, Measure]) -> None:
+    """Writes NAME.json, and NAME.machine.txt for `sample.report`."""
+    write_json(path, measures)
+    write_whole(path.with_suffix(".machine.txt"), lambda draft: draft.write_text(f"{describe()}\n") and None)
+
+
+def describe() -> str:
+    """Date, processor, GPU if there is one, and the versions of what computes."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = (line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name"))
+        processor = next(names, processor)
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    packages = [f"{name} {version(name)}" for name in ("torch", "transformers", "diffusers", "deepspeed")]
+    threads = f"{torch.get_num_threads()} thread(s)"
+    return ", ".join(
+        [f"{datetime.now(UTC):%Y-%m-%d}", processor, threads, *gpu, f"Python {platform.python_version()}", *packages]
+    )
