@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data.address import uniform
 from data.dropout import Dropout, drop
 from data.records import BadSample, Conversation, Edit, Labelled, TextToImage
 from data.transforms import resize_and_crop, to_tensor
@@ -125,9 +126,11 @@ class ChatCollate:
 
 @dataclass(frozen=True)
 class LabelledCollate:
-    """Labelled records -> LabelledBatch."""
+    """Labelled records -> LabelledBatch; with `flip`, every other picture mirrored, by its sample number."""
 
     image_size: int  # pixels a side
+    flip: bool = False
+    seed: int = 0
 
     def __call__(self, records: Sequence[Labelled], indices: Sequence[int]) -> LabelledBatch:
         numbers = [record.label for record in records if isinstance(record.label, int)]
@@ -135,7 +138,11 @@ class LabelledCollate:
         if numbers and scenes:
             raise ValueError("data.sources mixes class numbers with scenes as labels; give sources of one kind")
         labels = torch.tensor(numbers) if numbers else scenes
-        return LabelledBatch(torch.tensor(indices), labels, _pixels(records, self.image_size))
+        pixels = _pixels(records, self.image_size)
+        if self.flip:
+            mirrored = torch.tensor([uniform(self.seed, "flip", index) < 0.5 for index in indices])
+            pixels[mirrored] = pixels[mirrored].flip(-1)
+        return LabelledBatch(torch.tensor(indices), labels, pixels)
 
 
 def shorten(text: str, builder: PrefixBuilder) -> str:

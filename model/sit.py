@@ -7,7 +7,7 @@ or N, C conditioning width, D width."""
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class SiTOutput(NamedTuple):
     """`hidden` holds the latent tokens after the block that was asked for. A tuple, because ZeRO-3 gathers parameters for
     the backward pass by looking for tensors in outputs, and looks into no dataclass."""
 
-    prediction: Tensor  # [B, c, h, w]
+    prediction: Any  # Tensor [B, c, h, w]; None where the pass stopped before it
     hidden: Tensor | None = None  # [B, N, D]
 
 
@@ -80,10 +80,11 @@ class SiT(nn.Module):
         condition: Tensor,
         condition_mask: Tensor | None = None,
         hidden_at: int | None = None,
+        stop: bool = False,
     ) -> SiTOutput:
         """x_t [B, c, h, w], t [B] in [0, 1], condition [B, L, C], condition_mask [B, L] bool (True = real; with
         cross_attention each row needs one) -> float32 prediction [B, c, h, w], and the latent tokens after block
-        number `hidden_at`."""
+        number `hidden_at`; with `stop` these alone, the blocks after it not run."""
         dtype = self.embed.weight.dtype
         condition = self.embed_condition(condition.to(dtype))  # [B, L, D]
         condition = condition + self.condition_position[: condition.shape[1]]
@@ -102,6 +103,8 @@ class SiT(nn.Module):
                 x = block(x, time, shared, context, mask)  # [B, S, D]
             if number == hidden_at:
                 hidden = x[:, -tokens:]
+                if stop:
+                    return SiTOutput(None, hidden)
         shift, scale = self.final_modulation(time).unsqueeze(2).unbind(1)  # [B, 1, D] each
         x = modulate(self.final_norm(x[:, -tokens:]), shift, scale)  # [B, N, D]
         return SiTOutput(unpatchify(self.unembed(x).float(), self.config.patch, x_t.shape), hidden)

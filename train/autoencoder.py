@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
 from data.transforms import to_pil
+from model.autoencoder import Autoencoder
 from model.files import match, publish, write_whole
 from model.noise import noise
 from model.vae import VAEConfig, load_vae
@@ -65,13 +66,12 @@ class AutoencoderTaskConfig:
         return AutoencoderTask(self, module, kept if self.decoder_only else None, engine, loader, run.seed, ranks)
 
 
-class Codec(nn.Module):
-    """diffusers' AutoencoderKL with both halves in one forward, as an engine needs it."""
+class Codec(Autoencoder):
+    """A fresh AutoencoderKL of the config's shape."""
 
     def __init__(self, config: AutoencoderTaskConfig):
-        super().__init__()
         levels = len(config.channels)
-        self.autoencoder: Any = AutoencoderKL(  # Any: diffusers' annotations lag behind its signatures
+        autoencoder: Any = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
             up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
             block_out_channels=config.channels,  # pyright: ignore[reportArgumentType]
@@ -80,10 +80,10 @@ class Codec(nn.Module):
             norm_num_groups=config.groups,
             mid_block_add_attention=config.attention,
         )
-        self.factor = 2 ** (levels - 1)  # H / h
+        super().__init__(autoencoder)
         logvar = slice(config.latent_channels, None)
         with torch.no_grad():  # a posterior as wide as the prior would drown what the encoder says at first
-            self.autoencoder.quant_conv.bias[logvar] -= 4.0
+            autoencoder.quant_conv.bias[logvar] -= 4.0
 
     def start(self, release: str) -> Any:
         """Take over the weights of a release, and return its autoencoder. Raises ValueError when its shape is another."""
@@ -92,12 +92,6 @@ class Codec(nn.Module):
         match(tensors, self.autoencoder.state_dict(), Path(release))
         self.autoencoder.load_state_dict(tensors)
         return found
-
-    def forward(self, pixels: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels [B, 3, H, W] in [-1, 1], eps [B, c, h, w] -> reconstruction, the posterior's mean and log variance."""
-        posterior = self.autoencoder.encode(pixels).latent_dist
-        latents = posterior.mean + posterior.std * eps.to(posterior.mean.dtype)
-        return self.autoencoder.decode(latents).sample, posterior.mean, posterior.logvar
 
 
 class AutoencoderTask(LoaderTask):
@@ -122,9 +116,9 @@ class AutoencoderTask(LoaderTask):
         """Absolute plus squared error of the reconstruction, and `kl_weight` times the posterior's KL divergence.
 
         The absolute error alone would be content to paint small things in the colour of what surrounds them."""
-        eps = noise(batch.index, self.seed, self._latent_shape(batch.pixels)).to(self.ranks.device)
+        eps = noise(batch.index, self.seed, self.module.latent_shape(batch.pixels)).to(self.ranks.device)
         batch = batch.to(self.ranks.device)
-        rebuilt, mean, logvar = self.engine(batch.pixels, eps)
+        _, mean, logvar, rebuilt = self.engine(batch.pixels, eps)  # see Coded
         off = rebuilt.float() - batch.pixels  # [B, 3, H, W]
         absolute, squared = off.abs().mean(), off.square().mean()
         kl = gaussian_kl(mean, logvar).mean()
@@ -164,11 +158,6 @@ class AutoencoderTask(LoaderTask):
                 break
         values = torch.cat(latents)
         return {"latents_mean": values.mean(dim=(0, 2, 3)).tolist(), "latents_std": values.std(dim=(0, 2, 3)).tolist()}
-
-    def _latent_shape(self, pixels: Tensor) -> tuple[int, int, int]:
-        height, width = pixels.shape[-2:]
-        channels = self.module.autoencoder.config.latent_channels
-        return channels, height // self.module.factor, width // self.module.factor
 
 
 def compare(left: Tensor, right: Tensor, headings: tuple[str, str], path: Path) -> None:

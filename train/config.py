@@ -14,12 +14,19 @@ from train.loop import Schedule
 from train.metaquery import MetaQueryTaskConfig
 from train.metrics import MetricsConfig
 from train.optim import OptimConfig
+from train.repae import RepaeTaskConfig
 from train.see import SeeTaskConfig
 from train.tell import TellTaskConfig
 from train.understand import UnderstandConfig
 
 TaskConfig = (
-    MetaQueryTaskConfig | TellTaskConfig | AutoencoderTaskConfig | LabelledTaskConfig | SeeTaskConfig | UnderstandConfig
+    MetaQueryTaskConfig
+    | TellTaskConfig
+    | AutoencoderTaskConfig
+    | LabelledTaskConfig
+    | RepaeTaskConfig
+    | SeeTaskConfig
+    | UnderstandConfig
 )
 
 

@@ -188,6 +188,13 @@ class Engine:
         """The module's forward."""
         return self._engine(*args, **kwargs)
 
+    def aside(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward in the engine's precision, for a pass of which only gradients with respect to its inputs are
+        taken (`torch.autograd.grad`): the engine's own call would wait for a backward pass."""
+        half = self.config.precision == "autocast"
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=half):
+            return self.module(*args, **kwargs)
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this micro-batch's mean loss []."""
         self._loss += loss.detach()

@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
-from data.world.labels import Withhold, absent, encode, labels_config
-from data.world.scene import random_for
+from data.world.labels import Withhold, labels_config
 from model.assets import locate
 from model.decoder import load_sit, save_sit
 from model.files import match, read_tensors
@@ -33,12 +31,12 @@ from train.engine import Engine
 from train.loss import squared_error
 from train.ranks import Ranks
 from train.task import LoaderTask, engine_for, loader_for
+from train.told import ScenesTold
 
 if TYPE_CHECKING:
     from train.config import Run
 
 LABELS_FILE = "labels.safetensors"
-TELL_ALL = Withhold(0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,6 @@ class LabelledTaskConfig:
         """Load the VAE, make SiT and labels, hand both to one engine."""
         if run.data.task != "labelled":
             raise ValueError(f"data.task is {run.data.task}; a labelled decoder learns from labelled pictures")
-        if self.spare < 0:
-            raise ValueError(f"task.spare is {self.spare}; give 0 or more")
         if self.align and not self.sit.align_depth:
             raise ValueError("task.align needs a block to look after; give task.sit.align_depth, or set task.align to 0")
         module = LabelledSiT(self.sit, self.align_points if self.align else 0)
@@ -137,7 +133,7 @@ class LabelledTask(LoaderTask):
     ) -> None:
         self.config, self.module, self.vae, self.engine, self.loader = config, module, vae, engine, loader
         self.seed, self.batch_size, self.ranks = run.seed, run.schedule.batch_size, ranks
-        self.noising = build_noising(config.noise)
+        self.noising, self.told = build_noising(config.noise), ScenesTold(config.withhold, config.spare)
         self.latent_shape = (config.sit.latent_channels, config.sit.latent_size, config.sit.latent_size)
         self.engines = {"main": engine}
 
@@ -146,7 +142,7 @@ class LabelledTask(LoaderTask):
         device = self.ranks.device
         t = self.noising.times(batch.index, self.seed).to(device)  # [B]
         eps = noise(batch.index, self.seed, self.latent_shape).to(device)  # [B, c, h, w]
-        words, places = self._told(batch, self.config.withhold, self._spare(batch))
+        words, places = (part.to(device) for part in self.told(batch, self.seed, self.batch_size))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.engine.config.precision != "fp32"):
             x0 = self.vae.encode(batch.pixels.to(device))  # [B, c, h, w]
         prediction, logits = self.engine(words, places, self.noising.mix(x0, eps, t), t)  # see LabelledOutput
@@ -168,7 +164,7 @@ class LabelledTask(LoaderTask):
                 return
             batch = next(self.batches(0))
             rows = slice(0, 8)
-            words, places = (part[rows] for part in self._told(batch, TELL_ALL))
+            words, places = (part[rows].to(self.ranks.device) for part in self.told.whole(batch, self.seed))
             condition = self.module.labels(words, places)  # [8, L, C]
             start = noise(batch.index[rows], self.seed + 1, self.latent_shape).to(self.ranks.device)
             drawn = solve(
@@ -185,18 +181,3 @@ class LabelledTask(LoaderTask):
                 if rounded.head is not None:
                     beside[HEAD_FILE] = rounded.head.state_dict()
                 save_sit(folder, rounded.sit, beside)
-
-    def _told(self, batch: LabelledBatch, withhold: Withhold, spare: int = 0) -> tuple[Tensor, Tensor]:
-        """Words [B, L, K] and places [B, L, 3] of a batch of scenes, the last `spare` tokens of each of no thing."""
-        numbers, more = batch.index.tolist(), absent(spare)
-        told = [encode(scene, withhold, self.seed, n) for scene, n in zip(batch.scenes, numbers, strict=True)]
-        words, places = (
-            torch.from_numpy(np.stack([np.concatenate([own, none]) for own in part])).to(self.ranks.device)
-            for part, none in zip(zip(*told, strict=True), more, strict=True)
-        )
-        return words, places
-
-    def _spare(self, batch: LabelledBatch) -> int:
-        """How many further tokens: the same for all rows of a step, on any number of ranks."""
-        step = int(batch.index[0]) // self.batch_size
-        return random_for(self.seed, "spare", step).randint(0, self.config.spare)

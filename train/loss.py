@@ -19,3 +19,8 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mean, e^logvar) || N(0, 1)) of each latent value (Kingma & Welling, 2014, app. B), shaped like the arguments."""
     return 0.5 * (mean.float().square() + logvar.float().exp() - 1.0 - logvar.float())
+
+
+def hinge(real: Tensor, false: Tensor) -> Tensor:
+    """What a discriminator learns from its logits of real pictures and of false ones (Lim & Ye, 2017): []."""
+    return 0.5 * ((1 - real).relu().mean() + (1 + false).relu().mean())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from data.loader import Collate, Loader
 from train.engine import Engine, micro_batch_size
+from train.optim import OptimConfig
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -69,11 +70,11 @@ class LoaderTask(Task):
         return {"rejected": self.loader.rejects.total()}
 
 
-def engine_for(module: nn.Module, run: Run, ranks: Ranks) -> Engine:
-    """The engine that trains `module` with this run's optimizer, precision, batch sizes and number of steps."""
+def engine_for(module: nn.Module, run: Run, ranks: Ranks, optim: OptimConfig | None = None) -> Engine:
+    """The engine that trains `module` with this run's optimizer (or another), precision, batch sizes and number of steps."""
     return Engine(
         module,
-        optim=run.optim,
+        optim=optim or run.optim,
         config=run.engine,
         ema=run.ema,
         ranks=ranks,

@@ -1,0 +1,343 @@
+"""Pictures and labels -> a VAE and a diffusion transformer that are trained together: one REPA-E step (Leng et al. 2025).
+
+The VAE learns to rebuild, to deceive a discriminator, and to have latents from which the transformer's early layers can tell
+what a frozen vision encoder sees; the diffusion loss itself never reaches it. Each of the three networks has an engine of
+its own. What another network adds to the VAE's loss is a gradient with respect to what the VAE put out, taken beside the
+engines and handed to the VAE's own backward pass: no engine ever sees a gradient that is not its own.
+
+REPA with a frozen VAE, its vanilla baseline, an autoencoder alone and the naive control are settings of the same step (see
+configs/repae.py). Letters: B batch, R pictures that are decoded, c h w latent channels, height, width, N tokens, E width of
+an encoder's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import LabelledBatch, LabelledCollate
+from data.loader import Loader
+from model.alignment import ProjectorConfig, alignment, build_projector
+from model.assets import fingerprint, tensors_of
+from model.autoencoder import Autoencoder, Coded
+from model.discriminator import Discriminator, DiscriminatorConfig
+from model.labels import Labels
+from model.latent_norm import LatentNorm
+from model.noise import FlowConfig, Noising, build_noising, noise
+from model.perceptual import Perceptual, PerceptualConfig, load_perceptual
+from model.sit import SiT, SiTConfig
+from model.targets import Target, TargetConfig, load_target
+from model.vae import LatentVAE, VAEConfig, load_vae
+from train.ema import EmaConfig, kept
+from train.engine import Engine
+from train.loss import gaussian_kl, hinge, squared_error
+from train.optim import OptimConfig
+from train.ranks import Ranks
+from train.task import LoaderTask, engine_for, loader_for
+from train.told import ScenesTold, Told
+
+if TYPE_CHECKING:
+    from train.config import Run
+
+POSTERIOR = 1  # added to the seed for the noise of the posterior, which is not that of the diffusion
+
+
+@dataclass(frozen=True)
+class VAELosses:
+    """What the VAE learns from, each with its weight; 0 leaves it out. The defaults are the published ones."""
+
+    l1: float = 1.0
+    l2: float = 0.0
+    perceptual: float = 1.0
+    kl: float = 1e-6
+    """Of the divergence summed over a picture's latents."""
+    adversarial: float = 0.1
+    align: float = 1.5
+    """Of the alignment of the transformer's hidden layer, through its latents alone."""
+    diffusion: float = 0.0
+    """The naive control: of the diffusion loss through the latents, which REPA-E shows to make them trivial."""
+
+
+@dataclass(frozen=True)
+class RepaeTaskConfig:
+    """A VAE and a SiT; which of them train, on what."""
+
+    vae: VAEConfig
+    """What the VAE starts from, or stays."""
+    sit: SiTConfig | None
+    """None: the VAE alone."""
+    told: Told = field(default_factory=ScenesTold)
+    noise: FlowConfig = field(default_factory=FlowConfig)
+    train_vae: bool = True
+    fresh_vae: bool = False
+    """Start with random weights in the shape of `vae`."""
+    losses: VAELosses = field(default_factory=VAELosses)
+    perceptual: PerceptualConfig | None = None
+    discriminator: DiscriminatorConfig | None = None
+    targets: tuple[TargetConfig, ...] = ()
+    """Frozen encoders to align with; none: no alignment."""
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    align: float = 0.5
+    """Weight of the alignment against the diffusion loss, for the SiT and the projectors."""
+    align_until: int = 0
+    """The step after which nothing is aligned any more (HASTE; Wang et al. 2025); 0: always."""
+    freeze_vae_after: int = 0
+    """The step after which the VAE stays as it is and the SiT goes on; 0: never."""
+    recon_fraction: float = 1.0
+    """Share of each batch that is decoded and compared; the rest trains the encoder by its alignment alone."""
+    flip: bool = False
+    """Mirror every other picture; for labels without places."""
+    vae_optim: OptimConfig | None = None
+    """None: the run's own."""
+    discriminator_optim: OptimConfig | None = None
+
+    def __post_init__(self) -> None:
+        losses = self.losses
+        if self.train_vae and losses.perceptual and self.perceptual is None:
+            raise ValueError("task.losses.perceptual needs a network: give task.perceptual, or set the weight to 0")
+        if self.train_vae and losses.adversarial and self.discriminator is None:
+            raise ValueError("task.losses.adversarial needs task.discriminator; give one, or set the weight to 0")
+        if self.targets and (self.sit is None or not self.sit.align_depth):
+            raise ValueError("task.targets need a block to look after; give task.sit.align_depth, or no targets")
+        if self.sit is None and not self.train_vae:
+            raise ValueError("task.sit is None and task.train_vae is off: nothing is left to train")
+        if not 0 < self.recon_fraction <= 1:
+            raise ValueError(f"task.recon_fraction is {self.recon_fraction}; give a share above 0, up to 1")
+        if self.flip and isinstance(self.told, ScenesTold):
+            raise ValueError("task.flip would contradict the places that scenes tell; set it to False")
+
+    def build(self, run: Run, ranks: Ranks) -> RepaeTask:
+        """Load what is frozen, make the rest, and hand each network that trains to an engine."""
+        if run.data.task != "labelled":
+            raise ValueError(f"data.task is {run.data.task}; REPA-E learns from labelled pictures")
+        vae = load_vae(self.vae, weights=not self.fresh_vae)
+        coder = Autoencoder(vae.autoencoder)
+        targets = [load_target(target).to(ranks.device) for target in self.targets]
+        modules: dict[str, nn.Module] = {}
+        if self.sit is not None:
+            modules["main"] = AlignedSiT(self.sit, self.told, self.noise, self.projector, targets, vae.statistics)
+        if self.train_vae:
+            modules["vae"] = coder.requires_grad_(True).train()
+            if self.discriminator is not None and self.losses.adversarial:
+                modules["discriminator"] = Discriminator(self.discriminator)
+        optims = {"vae": self.vae_optim, "discriminator": self.discriminator_optim}
+        engines = {name: engine_for(module, run, ranks, optims.get(name)) for name, module in modules.items()}
+        distance = None
+        if self.train_vae and self.perceptual is not None and self.losses.perceptual:
+            distance = load_perceptual(self.perceptual).to(ranks.device)
+        loader = loader_for(LabelledCollate(run.data.image_size, self.flip, run.seed), run, ranks)
+        return RepaeTask(self, engines, coder, vae.to(ranks.device), targets, distance, loader, run, ranks)
+
+
+class Predicted(NamedTuple):
+    """A tuple, because ZeRO-3 looks for tensors in outputs and looks into no dataclass."""
+
+    velocity: Any  # Tensor [B, c, h, w]; None where only the alignment was asked for
+    latents: Tensor  # [B, c, h, w] of unit variance: what the velocity leads away from
+    guesses: tuple[Tensor, ...]  # [B, N, E] for each target
+
+
+class AlignedSiT(nn.Module):
+    """Normalised latents -> SiT -> velocity, and its aligned layer -> guesses at what encoders see. One forward, because
+    ZeRO-3 gathers for that alone."""
+
+    def __init__(
+        self,
+        config: SiTConfig,
+        told: Told,
+        flow: FlowConfig,
+        projector: ProjectorConfig,
+        targets: list[Target],
+        statistics: tuple[list[float], list[float]],
+    ) -> None:
+        super().__init__()
+        self.norm = LatentNorm(*statistics)
+        self.labels = Labels(told.labels(config.condition_width))
+        self.sit = SiT(config)
+        side = config.latent_size // config.patch
+        self.grid = (side, side)
+        self.projectors = nn.ModuleList(build_projector(projector, config.width, t.width, self.grid) for t in targets)
+        self.noising: Noising = build_noising(flow)
+
+    def forward(
+        self, told: tuple[Tensor, Tensor], latents: Tensor, t: Tensor, eps: Tensor, update: bool, align_only: bool = False
+    ) -> Predicted:
+        """told: words [B, L, K] and places [B, L, 3]; raw latents [B, c, h, w], t [B], eps [B, c, h, w]. `update` normalises
+        by this batch and moves the running statistics; `align_only` stops at the aligned layer."""
+        x0 = self.norm(latents, update)  # [B, c, h, w]
+        depth = self.sit.config.align_depth if self.projectors else None
+        out = self.sit(self.noising.mix(x0, eps, t), t, self.labels(*told), hidden_at=depth, stop=align_only)
+        return Predicted(out.prediction, x0, tuple(project(out.hidden) for project in self.projectors))
+
+
+class RepaeTask(LoaderTask):
+    """Steps VAE, discriminator and SiT, in this order; each by what the others were before it."""
+
+    def __init__(
+        self,
+        config: RepaeTaskConfig,
+        engines: Mapping[str, Engine],
+        coder: Autoencoder,
+        vae: LatentVAE,
+        targets: list[Target],
+        distance: Perceptual | None,
+        loader: Loader,
+        run: Run,
+        ranks: Ranks,
+    ) -> None:
+        self.config, self.engines, self.coder, self.vae = config, engines, coder, vae
+        self.targets, self.distance, self.loader = targets, distance, loader
+        self.seed, self.batch_size, self.ema, self.ranks = run.seed, run.schedule.batch_size, run.ema, ranks
+        self.sit: Any = engines["main"].module if "main" in engines else None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far."""
+        return next(iter(self.engines.values())).steps
+
+    def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
+        """The published step: the VAE's, the discriminator's on what was just rebuilt, and the SiT's on the latents."""
+        config, device = self.config, self.ranks.device
+        shape = self.coder.latent_shape(batch.pixels)
+        posterior = noise(batch.index, self.seed + POSTERIOR, shape).to(device)  # [B, c, h, w]
+        given = None if self.sit is None else self._given(batch, shape)
+        pixels = batch.pixels.to(device)
+        seen = self._seen(pixels)  # [B, N, E] for each target
+        measured: dict[str, Tensor] = {}
+        if self._vae_trains:
+            count = max(1, round(config.recon_fraction * len(pixels)))
+            coded = Coded(*self.engines["vae"](pixels, posterior, count))
+            measured |= self._step_vae(coded, pixels[:count], given, seen)
+            if "discriminator" in self.engines:
+                measured |= self._step_discriminator(pixels[:count], coded.rebuilt.detach())
+            latents = coded.latents.detach()
+        else:
+            latents = self._encode(pixels, posterior)
+        if given is not None:
+            measured |= self._step_sit(latents, given, seen)
+        return measured
+
+    def frozen(self) -> dict[str, str]:
+        """The VAE, where it only is read, and the encoders."""
+        parts = {f"target {number}": target.encoder for number, target in enumerate(self.targets)}
+        if "vae" not in self.engines:
+            parts["vae"] = self.vae.autoencoder
+        return {name: fingerprint(tensors_of(part)) for name, part in parts.items()}
+
+    def preview(self, folder: Path, step: int) -> None:
+        """Pictures beside what the VAE makes of them, and what is drawn from their labels: previews/step-00000500.png."""
+        from train.repae_release import preview
+
+        preview(self, folder / f"step-{step:08d}.png")
+
+    def release(self, folder: Path) -> None:
+        """vae/ and sit/, ready as `vae.path` and `decoder.path` of a MetaQuery."""
+        from train.repae_release import release
+
+        release(self, folder)
+
+    @property
+    def _vae_trains(self) -> bool:
+        after = self.config.freeze_vae_after
+        return "vae" in self.engines and not (after and self.steps >= after)
+
+    def _given(self, batch: LabelledBatch, shape: tuple[int, int, int]) -> tuple[Any, Tensor, Tensor]:
+        """What both passes through the SiT share: labels, times [B] and noise [B, c, h, w], addressed by sample number."""
+        told = tuple(part.to(self.ranks.device) for part in self.config.told(batch, self.seed, self.batch_size))
+        t = self.sit.noising.times(batch.index, self.seed).to(self.ranks.device)
+        return told, t, noise(batch.index, self.seed, shape).to(self.ranks.device)
+
+    @torch.no_grad()
+    def _seen(self, pixels: Tensor) -> list[Tensor]:
+        until = self.config.align_until
+        if self.sit is None or (until and self.steps >= until):
+            return []
+        return [target(pixels, self.sit.grid) for target in self.targets]
+
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor, posterior: Tensor) -> Tensor:
+        """Raw latents of a VAE that does not train, or not any more."""
+        if "vae" in self.engines:
+            return self.engines["vae"].aside(pixels, posterior, 0).latents
+        return Coded(*self.coder(pixels.to(self.vae.autoencoder.dtype), posterior, 0)).latents
+
+    def _step_vae(self, coded: Coded, pixels: Tensor, given: Any, seen: list[Tensor]) -> dict[str, Tensor]:
+        weights, rebuilt = self.config.losses, coded.rebuilt.float()
+        off = rebuilt - pixels  # [R, 3, H, W]
+        kl = gaussian_kl(coded.mean, coded.logvar).flatten(1).sum(1).mean()
+        measured = {"l1": off.abs().mean(), "mse": off.square().mean(), "kl": kl}
+        loss = weights.l1 * measured["l1"] + weights.l2 * measured["mse"] + weights.kl * kl
+        if self.distance is not None:
+            measured["perceptual"] = self.distance(rebuilt, pixels).mean()
+            loss = loss + weights.perceptual * measured["perceptual"]
+        if given is not None and ((weights.align and seen) or weights.diffusion):
+            loss = loss + _injected(coded.latents, lambda z: self._latent_loss(z, given, seen))
+        if "discriminator" in self.engines:
+            loss = loss + _injected(coded.rebuilt, self._deceit)
+        self.engines["vae"].backward(loss)
+        self.engines["vae"].step()
+        return {name: value.detach() for name, value in measured.items()}
+
+    def _latent_loss(self, latents: Tensor, given: tuple[Any, Tensor, Tensor], seen: list[Tensor]) -> Tensor:
+        """What the SiT says of the latents: the alignment, and in the naive control the diffusion loss. By the running
+        statistics, which do not move."""
+        weights, (told, t, eps) = self.config.losses, given
+        predicted = self.engines["main"].aside(told, latents, t, eps, False, align_only=not weights.diffusion)
+        loss = latents.new_zeros((), dtype=torch.float32)
+        if weights.align and seen:
+            loss = loss + weights.align * self._alignment(predicted.guesses, seen)
+        if weights.diffusion:
+            target = self.sit.noising.target(predicted.latents, eps, t)
+            loss = loss + weights.diffusion * squared_error(predicted.velocity, target).mean()
+        return loss
+
+    def _deceit(self, rebuilt: Tensor) -> Tensor:
+        return -self.config.losses.adversarial * self.engines["discriminator"].aside(rebuilt).float().mean()
+
+    def _step_discriminator(self, pixels: Tensor, rebuilt: Tensor) -> dict[str, Tensor]:
+        engine = self.engines["discriminator"]
+        real, false = engine(torch.cat([pixels, rebuilt.to(pixels.dtype)])).float().chunk(2)
+        loss = hinge(real, false)
+        engine.backward(loss)
+        engine.step()
+        return {"discriminator": loss.detach()}
+
+    def _step_sit(self, latents: Tensor, given: tuple[Any, Tensor, Tensor], seen: list[Tensor]) -> dict[str, Tensor]:
+        engine, (told, t, eps) = self.engines["main"], given
+        update = "vae" in self.engines  # the statistics of a VAE that never trains are known
+        before = engine.steps
+        predicted = Predicted(*engine(told, latents, t, eps, update))
+        loss = squared_error(predicted.velocity, self.sit.noising.target(predicted.latents, eps, t)).mean()
+        measured, objective = {"loss": loss.detach()}, loss
+        if seen:
+            align = self._alignment(predicted.guesses, seen)
+            measured["align"] = align.detach()
+            objective = loss + self.config.align * align
+        else:  # every parameter of an engine needs its part in the loss
+            objective = loss + sum(0.0 * guess.sum() for guess in predicted.guesses)
+        engine.backward(objective)
+        engine.step()
+        if engine.steps > before and engine.last and engine.last.objection is None:
+            self.sit.norm.follow(_keep(self.ema, engine.steps, self.batch_size))
+        return measured
+
+    def _alignment(self, guesses: tuple[Tensor, ...], seen: list[Tensor]) -> Tensor:
+        prepared = [project.prepare(target) for project, target in zip(self.sit.projectors, seen, strict=True)]
+        return alignment(guesses, prepared)
+
+
+def _injected(made: Tensor, judge: Any) -> Tensor:
+    """A term of value 0 whose gradient with respect to `made` is that of judge(made), and which reaches nothing else."""
+    leaf = made.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(judge(leaf), leaf)
+    return (gradient.to(made.dtype) * (made - made.detach())).sum()
+
+
+def _keep(ema: EmaConfig, steps: int, batch_size: int) -> float:
+    return kept(ema, images_seen=steps * batch_size, images=batch_size)
