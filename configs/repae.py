@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from configs.world import NOISE
 from data.loader import Data, World
+from model.alignment import ProjectorConfig
 from model.discriminator import DiscriminatorConfig
 from model.perceptual import PerceptualConfig
 from model.sit import SiTConfig
@@ -52,6 +53,7 @@ def world() -> Run:
             perceptual=PerceptualConfig(SEES, tokens=8),
             discriminator=DiscriminatorConfig(width=16, layers=2),
             targets=(TargetConfig(SEES),),
+            projector=ProjectorConfig(width=384),
         ),
         data=Data(sources=(World(seed=5),), task="labelled", image_size=64),
         schedule=Schedule(steps=2_000, batch_size=32, log_every=20, save_every=500, preview_every=1000),

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from transformers.image_processing_base import ImageProcessingMixin
 
 from model.hub import Source, fetched, weights
+from model.vision import batch_equal_pictures
 
 Grid = tuple[int, int]
 """Rows and columns."""
@@ -101,6 +102,7 @@ class QwenTarget(Target):
 
     def __init__(self, config: TargetConfig, encoder: Any, mean: list[float], std: list[float]) -> None:
         super().__init__(config, encoder, mean, std, encoder.config.out_hidden_size)
+        batch_equal_pictures(encoder)
 
     def _size(self, grid: Grid) -> Grid:
         cell = self.encoder.config.patch_size * self.encoder.config.spatial_merge_size

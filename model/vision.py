@@ -14,7 +14,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 
 
 def batch_equal_pictures(visual: Any) -> None:
-    """Replace the forwards of a Qwen2.5-VL vision tower, for training on pictures whose windows are all of one size."""
+    """Replace the forwards of a Qwen2.5-VL vision tower, for pictures whose windows are all of one size; others go the way
+    they went."""
     visual.patch_embed.forward = _linear_patches(visual.patch_embed)
     for block in visual.blocks:
         block.attn.forward = _batched_attention(block.attn)
@@ -31,11 +32,12 @@ def _linear_patches(embed: Any) -> Callable[[Tensor], Tensor]:
 
 def _batched_attention(attention: Any) -> Callable[..., Tensor]:
     """Attention inside each of A windows of equal length, all at once: [N, D] -> [N, D]."""
+    by_window = attention.forward
 
     def forward(hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, **_: Any) -> Tensor:
         count, windows = hidden_states.shape[0], len(cu_seqlens) - 1
         if bool((cu_seqlens.diff() * windows != count).any()):
-            raise ValueError("pictures of different sizes in one batch; scale them to one size to train on them")
+            return by_window(hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings)
         split = attention.qkv(hidden_states).reshape(count, 3, attention.num_heads, -1)
         q, k, v = split.permute(1, 0, 2, 3).unbind(0)  # [N, heads, D / heads]
         q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)

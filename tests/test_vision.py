@@ -42,10 +42,11 @@ def test_states_and_gradients_are_those_of_transformers(folder, side):
         torch.testing.assert_close(fast_gradients[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_pictures_of_two_sizes_are_refused(folder):
-    visual = tower(folder)
+def test_pictures_of_two_sizes_are_read_as_before(folder):
+    visual, stock = tower(folder), tower(folder)
     batch_equal_pictures(visual)
     config: Any = visual.config
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    with pytest.raises(ValueError, match="different sizes"):
-        visual(torch.randn(16 + 64, values), grid_thw=torch.tensor([[1, 4, 4], [1, 8, 8]]))
+    patches, grids = torch.randn(16 + 64, values), torch.tensor([[1, 4, 4], [1, 8, 8]])
+    seen, expected = (each(patches, grid_thw=grids).pooler_output for each in (visual, stock))
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
