@@ -1,4 +1,4 @@
-"""A VAE and its diffusion transformer, trained together (REPA-E) or one after the other: published sizes, and the world's."""
+"""A VAE and its diffusion transformer, trained together (REPA-E) or one after the other: published sizes and the world's."""
 
 from __future__ import annotations
 

@@ -1,0 +1,208 @@
+"""REPA-E: who gets which gradient, and that three engines take the steps of three plain optimizers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.tiny_repae import BATCH, CLIP_NORM, STEPS, advance, build, in_plain_torch, repae_run, weights
+from tests.two_ranks import REPAE, results
+from train import checkpoint
+from train.engine import EngineConfig
+from train.ranks import start
+from train.repae import VAELosses, _injected
+
+FP32 = EngineConfig(zero=1, precision="fp32", clip_norm=CLIP_NORM)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("repae")
+
+
+def test_an_injected_gradient_has_no_value_and_is_that_of_its_judge():
+    made = torch.randn(3, requires_grad=True)
+    weight = torch.ones(3, requires_grad=True)
+    term = _injected(made, lambda x: (weight * x.square()).sum())
+    assert term.item() == 0
+    term.backward()
+    assert made.grad is not None
+    assert torch.equal(made.grad, 2 * made.detach())
+    assert weight.grad is None
+
+
+def assert_alike(seen, expected):
+    """To a millionth; the average of the statistics is ours alone. (AdamW's eps is large here: where a gradient is rounding
+    and nothing else, as that of a bias before a norm, it would be scaled up to a whole step.)"""
+    for name, tensor in seen.items():
+        if not name.endswith("norm.average"):
+            torch.testing.assert_close(
+                tensor, expected[name], atol=1e-6, rtol=1e-6, msg=lambda said, name=name: f"{name}: {said}"
+            )
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_steps_are_those_of_three_plain_optimizers(folder, accumulation):
+    run = repae_run(folder, FP32, accumulation)
+    expected, trained = in_plain_torch(run)
+    task = build(run, start(60))
+    before = weights(task)
+    seen = advance(task, run)
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-4)
+    assert min(norms["vae.norm"] for norms in expected) > CLIP_NORM  # clipping is at work
+    after = weights(task)
+    assert_alike(after, trained)
+    still = [name for name in before if torch.equal(before[name], after[name])]  # their gradients are zero
+    assert all(name.endswith(("to_k.bias", "discriminator.net.5.bias")) for name in still), still
+
+
+@pytest.mark.parametrize("name", REPAE)
+def test_two_ranks_take_them_too(folder, name):
+    zero, accumulation = (int(part) for part in name.split("-")[1:3])
+    out, first, second = results()
+    assert first[name]["digest"] == second[name]["digest"]
+    _, trained = in_plain_torch(repae_run(out, replace(FP32, zero=zero), accumulation))
+    assert_alike(torch.load(out / f"{name}.pt"), trained)
+
+
+@pytest.mark.parametrize("precision", ["autocast", "bf16"])
+def test_half_precision_stays_close(folder, precision):
+    """The losses of three steps within 2 % of those in float32."""
+    run = repae_run(folder, replace(FP32, precision=precision))
+    expected, _ = in_plain_torch(run)
+    for ours, theirs in zip(advance(build(run, start(60)), run), expected, strict=True):
+        for name in ("loss", "l1", "kl"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-2)
+
+
+ALONE = VAELosses(l1=0, l2=0, perceptual=0, kl=0, adversarial=0, align=0)
+NO_JUDGES = dict(perceptual=None, discriminator=None)
+
+
+def vae_gradients(folder, losses):
+    """What one backward pass of the VAE's engine leaves: its gradients by name, those of the others, and the task."""
+    task = build(repae_run(folder, replace(FP32, zero=0), losses=losses, **NO_JUDGES), start(60))
+    task.engines["vae"].step = lambda: None
+    task._step_sit = lambda *_: {}
+    task.step(next(task.batches(0)))
+    others = [p.grad for p in task.sit.parameters()]
+    return {name: p.grad for name, p in task.coder.named_parameters()}, others, task
+
+
+def reached(gradients):
+    """The halves of the VAE that got a gradient."""
+    return {name.split(".")[1] for name, gradient in gradients.items() if gradient is not None and gradient.any()}
+
+
+def test_the_diffusion_loss_gives_the_vae_nothing(folder):
+    """With every other loss off, exactly zero comes back, whatever the SiT learns from the latents."""
+    task = build(repae_run(folder, replace(FP32, zero=0), losses=ALONE, **NO_JUDGES), start(60))
+    task.engines["vae"].step = lambda: None
+    task.step(next(task.batches(0)))
+    assert task.engines["main"].steps == 1
+    assert reached({name: p.grad for name, p in task.coder.named_parameters()}) == set()
+
+
+def test_the_naive_control_gives_it_something(folder):
+    gradients, _, _ = vae_gradients(folder, replace(ALONE, diffusion=1.0))
+    assert reached(gradients) == {"encoder", "quant_conv"}
+    assert gradients["autoencoder.encoder.conv_in.weight"].abs().max() > 1e-6
+
+
+def test_the_alignment_of_the_vae_reaches_its_encoder_alone(folder):
+    """Not the SiT, its projector or the VAE's own decoder; and the statistics stay."""
+    gradients, others, task = vae_gradients(folder, replace(ALONE, align=1.5))
+    assert reached(gradients) == {"encoder", "quant_conv"}
+    assert gradients["autoencoder.encoder.conv_in.weight"].abs().max() > 1e-6
+    assert all(gradient is None for gradient in others)
+    fresh = build(repae_run(folder, replace(FP32, zero=0), **NO_JUDGES, losses=ALONE), start(60))
+    for name, buffer in task.sit.named_buffers():
+        assert torch.equal(buffer, fresh.sit.get_buffer(name)), name
+
+
+def test_the_discriminator_learns_from_its_own_loss_alone(folder):
+    """The VAE's wish to deceive it leaves nothing with it."""
+    task = build(repae_run(folder, replace(FP32, zero=0)), start(60))
+    task._step_discriminator = lambda *_: {}
+    task.step(next(task.batches(0)))
+    assert all(p.grad is None for p in task.engines["discriminator"].module.parameters())
+
+
+def test_both_passes_through_the_sit_have_one_time_and_one_noise(folder):
+    task = build(repae_run(folder, FP32), start(60))
+    calls = []
+    task.sit.register_forward_pre_hook(lambda module, given: calls.append(given))
+    task.step(next(task.batches(0)))
+    (_, aside, t1, eps1, update1), (_, trained, t2, eps2, update2) = (call[:5] for call in calls)
+    assert torch.equal(t1, t2)
+    assert torch.equal(eps1, eps2)
+    assert torch.equal(aside, trained)
+    assert (update1, update2) == (False, True)
+    assert "position" not in dict(task.sit.sit.named_parameters())  # a buffer, which no step moves
+
+
+def test_resumed_equals_straight_bit_for_bit(folder, tmp_path):
+    run, ranks = repae_run(folder, replace(FP32, precision="autocast")), start(60)
+    straight = build(run, ranks)
+    advance(straight, run, 0, 2)
+    path = checkpoint.save(tmp_path, 2, 2 * BATCH, straight.engines, {}, 1, ranks)
+    advance(straight, run, 2, STEPS)
+    resumed = build(run, ranks)
+    checkpoint.load(path, resumed.engines, ranks)
+    advance(resumed, run, 2, STEPS)
+    expected, found = weights(straight), weights(resumed)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_vae_stays_after_its_step_and_the_sit_goes_on(folder):
+    run = repae_run(folder, FP32, freeze_vae_after=1)
+    task = build(run, start(60))
+    advance(task, run, 0, 1)
+    before = weights(task)
+    measured = advance(task, run, 1, 2)[-1]
+    after = weights(task)
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"main"}
+    assert "l1" not in measured
+
+
+def test_alignment_ends_when_told(folder):
+    run = repae_run(folder, FP32, align_until=1)
+    seen = advance(build(run, start(60)), run)
+    assert ["align" in scalars for scalars in seen] == [True, False, False]
+
+
+def test_some_of_a_batch_is_rebuilt(folder):
+    task = build(repae_run(folder, FP32, recon_fraction=0.5), start(60))
+    sizes = []
+    task.coder.register_forward_hook(lambda module, given, out: sizes.append((len(out.latents), len(out.rebuilt))))
+    task.step(next(task.batches(0)))
+    assert sizes == [(BATCH, BATCH // 2)]
+
+
+def test_a_frozen_vae_is_only_read(folder):
+    run = repae_run(folder, FP32, train_vae=False)
+    task = build(run, start(60))
+    assert task.engines.keys() == {"main"}
+    before = {name: tensor.clone() for name, tensor in task.coder.state_dict().items()}
+    advance(task, run)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.coder.state_dict().items())
+    assert task.frozen().keys() == {"target 0", "vae"}
+    mean, std = task.sit.norm.statistics()
+    assert (mean, std) == (pytest.approx([0.1, -0.2, 0.0, 0.3]), pytest.approx([0.5, 1.0, 2.0, 0.8]))
+
+
+def test_settings_that_contradict_each_other_are_refused(folder):
+    for changes, message in [
+        (dict(perceptual=None), "task.losses.perceptual needs a network"),
+        (dict(discriminator=None), "task.losses.adversarial needs task.discriminator"),
+        (dict(sit=tiny.sit_config(align_depth=0)), "task.targets need a block"),
+        (dict(sit=None, targets=(), train_vae=False), "nothing is left to train"),
+        (dict(recon_fraction=0.0), "give a share above 0"),
+        (dict(flip=True), "task.flip would contradict the places"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            repae_run(folder, FP32, **changes)
