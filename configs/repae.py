@@ -22,6 +22,8 @@ from train.repae import RepaeTaskConfig, VAELosses
 SEES = "assets/world/mllm"
 """The MLLM's own vision tower: the embedded default aligns with it, and needs no other network."""
 
+OPTIM = OptimConfig(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, warmup_steps=50, floor=0.05)
+
 
 def world() -> Run:
     """REPA-E on the generated world, from the shipped VAE: VAE, discriminator and SiT, each with its own engine.
@@ -52,12 +54,14 @@ def world() -> Run:
             losses=VAELosses(kl=1e-6),
             perceptual=PerceptualConfig(SEES, tokens=8),
             discriminator=DiscriminatorConfig(width=16, layers=2),
+            vae_optim=replace(OPTIM, lr=2e-4),
+            discriminator_optim=replace(OPTIM, lr=2e-4),
             targets=(TargetConfig(SEES),),
             projector=ProjectorConfig(width=384),
         ),
         data=Data(sources=(World(seed=5),), task="labelled", image_size=64),
         schedule=Schedule(steps=2_000, batch_size=32, log_every=20, save_every=500, preview_every=1000),
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, warmup_steps=100, floor=0.05),
+        optim=OPTIM,
         ema=EmaConfig(halflife_images=5_000),
         engine=EngineConfig(zero=1, precision="bf16"),
     )

@@ -6,10 +6,16 @@ Letters: B batch, L tokens, K words a token, C conditioning width."""
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from model.assets import locate
+from model.files import match, read_tensors
+
+LABELS_FILE = "labels.safetensors"
+"""Beside a trained SiT: what told it what to draw."""
 UNKNOWN = 0  # the word of whatever is not told; a token of nothing else is the null condition
 
 
@@ -51,3 +57,16 @@ class Labels(nn.Module):
             waves = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(2)  # [B, L, 4 frequencies]
             tokens = tokens + self.embed_place(torch.cat([waves, spread[..., None]], dim=-1).to(tokens.dtype))
         return self.norm(tokens + self.mix(tokens))
+
+
+def load_labels(folder: str | Path | None) -> Labels:
+    """The frozen label embedding that a labelled SiT's release keeps beside it. Raises ValueError when there is none."""
+    found = None if folder is None else locate(str(folder))
+    if found is None or not (found / LABELS_FILE).is_file():
+        raise ValueError(f"{str(folder)!r} has no {LABELS_FILE}; name the release of a decoder that was trained on labels")
+    tensors = read_tensors(found / LABELS_FILE)
+    vocabulary, width = tensors["embed_word.weight"].shape
+    labels = Labels(LabelsConfig(vocabulary, places="embed_place.weight" in tensors, width=width))
+    match(tensors, labels.state_dict(), found / LABELS_FILE)
+    labels.load_state_dict(tensors)
+    return labels.requires_grad_(False)

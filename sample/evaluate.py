@@ -1,7 +1,8 @@
 """A release -> measures: how well it draws and how well its MLLM understands.
 
 `world` asks for held-out scenes of the generated world and judges the pictures by the pixel reader (what is asked:
-`sample/world_suite.py`), then asks the MLLM about held-out pictures (`sample/world_answers.py`).
+`sample/world_suite.py`), then asks the MLLM about held-out pictures (`sample/world_answers.py`). `decoder` judges a SiT and
+its VAE before there is any language model (`sample/decoder_scores.py`).
 """
 
 import sys
@@ -40,9 +41,61 @@ class World:
     drawing: Annotated[Drawing, OmitArgPrefixes] = Drawing()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Score a SiT and its VAE, told the labels of held-out pictures of the world."""
+
+    release: Path
+    """The release folder of a run of configs/repae.py."""
+    features: str = "assets/world/mllm"
+    """Whose vision tower tells how far drawn pictures lie from real ones: a local distance, comparable with itself alone."""
+    images: int = 1000
+    """Pictures to draw and to compare with."""
+    steps: int = 25
+    """Of the solver, from noise to picture."""
+    seed: int = 0
+    """Decides noise and times."""
+    batch_size: int = 50
+    """Pictures at once."""
+    json: Path | None = None
+    """Where to write the measures."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the evaluation that the command line names."""
-    world(tyro.extras.subcommand_cli_from_dict({"world": World}, args=argv))
+    args = tyro.extras.subcommand_cli_from_dict({"world": World, "decoder": Decoder}, args=argv)
+    decoder(args) if isinstance(args, Decoder) else world(args)
+
+
+def decoder(args: Decoder) -> None:
+    """Draws, compares, prints the measures, and writes them where told.
+
+    Raises:
+        ValueError: a number is out of range, or the release or the encoder cannot be loaded.
+    """
+    if args.images < 2 or args.batch_size < 1 or args.steps < 1:
+        raise ValueError("give --images of at least 2, and --batch-size and --steps of at least 1")
+    from data.loader import Data
+    from data.loader import World as Scenes
+    from data.told import ScenesTold
+    from model.targets import TargetConfig, load_target
+    from sample.decoder_scores import load_decoder, score
+    from sample.measures import show, write_json
+
+    measures = score(
+        load_decoder(args.release),
+        load_target(TargetConfig(args.features, dtype="float32")),
+        ScenesTold(),
+        Data(sources=(Scenes(split="val"),), task="labelled"),
+        args.images,
+        args.seed,
+        args.batch_size,
+        args.steps,
+        _watch("drawing"),
+    )
+    show(f"{args.release}", measures)
+    if args.json is not None:
+        write_json(args.json, measures)
 
 
 def world(args: World) -> None:

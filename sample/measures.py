@@ -39,6 +39,13 @@ def spread(values: Sequence[float], unit: str) -> Measure:
     return Measure(statistics.median(values), min(values), max(values), len(values), unit)
 
 
+def mean(values: Sequence[float], unit: str = "") -> Measure:
+    """The mean of independent values, with its normal 95 % interval."""
+    centre = statistics.fmean(values)
+    off = 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return Measure(centre, centre - off, centre + off, len(values), unit)
+
+
 def share(successes: int, n: int) -> Measure:
     """successes / n in [0, 1] with Wilson's 95 % interval (1927); of no trials, 0 with the interval [0, 1]."""
     assert 0 <= successes <= n, (successes, n)

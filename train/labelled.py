@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
+from data.told import ScenesTold
 from data.world.labels import Withhold, labels_config
-from model.assets import locate
 from model.decoder import load_sit, save_sit
-from model.files import match, read_tensors
-from model.labels import Labels
+from model.labels import LABELS_FILE, Labels, load_labels
 from model.noise import FlowConfig, NoiseConfig, build_noising, noise
 from model.sit import SiT, SiTConfig, finer
 from model.vae import LatentVAE, VAEConfig, load_vae
@@ -31,12 +30,9 @@ from train.engine import Engine
 from train.loss import squared_error
 from train.ranks import Ranks
 from train.task import LoaderTask, engine_for, loader_for
-from train.told import ScenesTold
 
 if TYPE_CHECKING:
     from train.config import Run
-
-LABELS_FILE = "labels.safetensors"
 
 
 @dataclass(frozen=True)
@@ -99,23 +95,12 @@ class LabelledSiT(nn.Module):
     def start(self, release: Path) -> None:
         """Take over what `release` wrote; of a coarser SiT, what `finer` keeps; a head over other points starts afresh.
         Raises ValueError when a file is missing or does not fit."""
-        self.labels.load_state_dict(load_labels(str(release), self.sit.config.condition_width).state_dict())
+        self.labels.load_state_dict(load_labels(str(release)).state_dict())
         self.sit.load_state_dict(finer(load_sit(str(release)), self.sit.config).state_dict())
         if self.head is not None and (release / HEAD_FILE).is_file():
             head = load_head(str(release))
             if head.points == self.head.points:
                 self.head.load_state_dict(head.state_dict())
-
-
-def load_labels(folder: str | None, width: int) -> Labels:
-    """The frozen label embedding that a labelled SiT's release keeps beside it. Raises ValueError when there is none."""
-    found = None if folder is None else locate(folder)
-    if found is None or not (found / LABELS_FILE).is_file():
-        raise ValueError(f"{folder!r} has no {LABELS_FILE}; name the release of world.decoder")
-    labels, tensors = Labels(labels_config(width)), read_tensors(found / LABELS_FILE)
-    match(tensors, labels.state_dict(), found / LABELS_FILE)
-    labels.load_state_dict(tensors)
-    return labels.requires_grad_(False)
 
 
 class LabelledTask(LoaderTask):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
+from data.told import ScenesTold, Told
 from model.alignment import ProjectorConfig, alignment, build_projector
 from model.assets import fingerprint, tensors_of
 from model.autoencoder import Autoencoder, Coded
@@ -39,7 +40,6 @@ from train.loss import gaussian_kl, hinge, squared_error
 from train.optim import OptimConfig
 from train.ranks import Ranks
 from train.task import LoaderTask, engine_for, loader_for
-from train.told import ScenesTold, Told
 
 if TYPE_CHECKING:
     from train.config import Run

@@ -11,11 +11,12 @@ import torch
 
 from data.transforms import to_pil
 from model.decoder import save_sit
-from model.files import publish, write_whole
+from model.files import dump_config, publish, write_json, write_whole
+from model.labels import LABELS_FILE
 from model.noise import noise
+from sample.decoder_scores import NOISE_FILE
 from sample.grid import Cell, Row, table
 from sample.solver import solve
-from train.labelled import LABELS_FILE
 
 if TYPE_CHECKING:
     from train.repae import RepaeTask
@@ -25,8 +26,8 @@ DRAWING_STEPS = 16
 
 
 def release(task: RepaeTask, folder: Path) -> None:
-    """vae/: an AutoencoderKL whose config carries the statistics of its latents; sit/: the SiT, its labels beside it; both
-    averaged. Every rank calls it, the first writes."""
+    """vae/: an AutoencoderKL whose config carries the statistics of its latents; sit/: the SiT, its labels beside it, both
+    averaged; noise.json: the schedule. Every rank calls it, the first writes."""
     with _averaged(task):
         if not task.ranks.first:
             return
@@ -34,10 +35,11 @@ def release(task: RepaeTask, folder: Path) -> None:
         if task.sit is not None:
             mean, std = task.sit.norm.statistics()
             autoencoder.register_to_config(latents_mean=mean, latents_std=std)
-        with publish(folder / "vae") as draft:
-            autoencoder.save_pretrained(draft)
-        if task.sit is not None:
-            save_sit(folder / "sit", task.sit.sit, {LABELS_FILE: task.sit.labels.state_dict()})
+        with publish(folder) as draft:
+            autoencoder.save_pretrained(draft / "vae")
+            if task.sit is not None:
+                save_sit(draft / "sit", task.sit.sit, {LABELS_FILE: task.sit.labels.state_dict()})
+                write_json(draft / NOISE_FILE, dump_config(task.config.noise))
 
 
 def preview(task: RepaeTask, path: Path) -> None:

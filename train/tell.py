@@ -22,11 +22,10 @@ from data.loader import Positions, World
 from data.world.captions import describe
 from data.world.labels import OBJECTS, absent, encode_caption, nothing
 from data.world.scene import make_scene, random_for
-from model.labels import Labels
+from model.labels import Labels, load_labels
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 from model.prefix import Prefix, PrefixBuilder
 from train.engine import Engine, micro_batch_size
-from train.labelled import load_labels
 from train.metaquery import BridgeTask, start_from
 from train.preview import PreviewConfig
 from train.ranks import Ranks
@@ -62,7 +61,7 @@ class TellTaskConfig:
         if self.init is not None:
             start_from(model, self.init, decoder=False)
         model.place(ranks.device)
-        labels = load_labels(self.model.decoder.path, model.decoder.condition_width).to(ranks.device)
+        labels = load_labels(self.model.decoder.path).to(ranks.device)
         size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
         rows = range(ranks.rank, size * ranks.world, ranks.world)
         captions = Captions(world, model.mllm.builder, run.data.dropout, run.seed, rows, run.data.workers)
