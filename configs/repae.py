@@ -60,7 +60,7 @@ def world() -> Run:
             projector=ProjectorConfig(width=384),
         ),
         data=Data(sources=(World(seed=5),), task="labelled", image_size=64),
-        schedule=Schedule(steps=2_000, batch_size=32, log_every=20, save_every=500, preview_every=1000),
+        schedule=Schedule(steps=2_000, batch_size=32, log_every=20, save_every=250, preview_every=1000),
         optim=OPTIM,
         ema=EmaConfig(halflife_images=5_000),
         engine=EngineConfig(zero=1, precision="bf16"),
