@@ -1,10 +1,21 @@
 """REPA-E: who gets which gradient, and that three engines take the steps of three plain optimizers."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
+from PIL import Image
 
+from data.batch import LabelledBatch, LabelledCollate
+from data.loader import World
+from data.records import Labelled
+from data.told import ClassesTold, ScenesTold
+from model import metaquery
+from model.decoder import SiTDecoderConfig
+from model.vae import VAEConfig
+from sample.decoder_scores import load_decoder, score
 from tests import tiny
 from tests.tiny_repae import BATCH, CLIP_NORM, STEPS, advance, build, in_plain_torch, repae_run, weights
 from tests.two_ranks import REPAE, results
@@ -78,17 +89,18 @@ def test_half_precision_stays_close(folder, precision):
 
 
 ALONE = VAELosses(l1=0, l2=0, perceptual=0, kl=0, adversarial=0, align=0)
-NO_JUDGES = dict(perceptual=None, discriminator=None)
+NO_JUDGES: dict[str, Any] = dict(perceptual=None, discriminator=None)
 
 
 def vae_gradients(folder, losses):
     """What one backward pass of the VAE's engine leaves: its gradients by name, those of the others, and the task."""
-    task = build(repae_run(folder, replace(FP32, zero=0), losses=losses, **NO_JUDGES), start(60))
+    task: Any = build(repae_run(folder, replace(FP32, zero=0), losses=losses, **NO_JUDGES), start(60))
     task.engines["vae"].step = lambda: None
     task._step_sit = lambda *_: {}
     task.step(next(task.batches(0)))
     others = [p.grad for p in task.sit.parameters()]
-    return {name: p.grad for name, p in task.coder.named_parameters()}, others, task
+    gradients: dict[str, Any] = {name: p.grad for name, p in task.coder.named_parameters()}
+    return gradients, others, task
 
 
 def reached(gradients):
@@ -124,7 +136,7 @@ def test_the_alignment_of_the_vae_reaches_its_encoder_alone(folder):
 
 def test_the_discriminator_learns_from_its_own_loss_alone(folder):
     """The VAE's wish to deceive it leaves nothing with it."""
-    task = build(repae_run(folder, replace(FP32, zero=0)), start(60))
+    task: Any = build(repae_run(folder, replace(FP32, zero=0)), start(60))
     task._step_discriminator = lambda *_: {}
     task.step(next(task.batches(0)))
     assert all(p.grad is None for p in task.engines["discriminator"].module.parameters())
@@ -141,6 +153,57 @@ def test_both_passes_through_the_sit_have_one_time_and_one_noise(folder):
     assert torch.equal(aside, trained)
     assert (update1, update2) == (False, True)
     assert "position" not in dict(task.sit.sit.named_parameters())  # a buffer, which no step moves
+
+
+def test_the_release_is_a_decoder_and_scores_as_one(folder, tmp_path):
+    """The VAE is diffusers' own, its statistics in its config; SiT and VAE draw in a MetaQuery; labels tell them what."""
+    run = repae_run(folder, FP32)
+    task = build(run, start(60))
+    advance(task, run)
+    task.preview(tmp_path, 3)
+    assert Image.open(tmp_path / "step-00000003.png").width > 3 * 16
+    task.release(tmp_path / "release")
+    with task.engines["vae"].averaged():
+        expected = {name: tensor.clone() for name, tensor in task.coder.autoencoder.state_dict().items()}
+    vae = AutoencoderKL.from_pretrained(tmp_path / "release" / "vae")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in vae.state_dict().items())
+    mean, std = task.sit.norm.statistics()
+    assert (vae.config["latents_mean"], vae.config["latents_std"]) == (pytest.approx(mean), pytest.approx(std))
+    decoder = load_decoder(tmp_path / "release")
+    told = ScenesTold().whole(next(task.batches(0)), 0)
+    drawn = decoder.draw(told, torch.randn(BATCH, *decoder.latent_shape()), steps=2)
+    assert drawn.shape == (BATCH, 3, 16, 16)
+    data = replace(run.data, sources=(World(split="val"),))
+    measures = score(decoder, task.targets[0], ScenesTold(), data, n=6, seed=0, batch_size=4, steps=2)
+    assert all(measure.n == 6 for measure in measures.values())
+    bridge = tiny.metaquery_config(
+        folder,
+        vae=VAEConfig(str(tmp_path / "release" / "vae")),
+        decoder=SiTDecoderConfig(path=str(tmp_path / "release" / "sit")),
+    )
+    assert metaquery.build(bridge).latent_shape == decoder.latent_shape()
+
+
+def test_classes_condition_and_flips_are_addressed(folder):
+    """Class numbers in place of scenes; a mirrored picture is the same one whatever its batch."""
+    told = ClassesTold(classes=3, dropout=0.5)
+    labels = torch.arange(400) % 3
+    batch = LabelledBatch(torch.arange(400), labels, torch.zeros(400, 3, 2, 2))
+    words, _ = told(batch, 0, 8)
+    kept = words.flatten() > 0
+    assert torch.equal(words.flatten()[kept], (labels + 1)[kept])
+    assert 0.4 < kept.float().mean() < 0.6
+    part = LabelledBatch(batch.index[7:9], labels[7:9], batch.pixels[7:9])
+    assert torch.equal(told(part, 0, 8)[0], words[7:9])
+    with pytest.raises(ValueError, match=r"a label is 2 and told.classes is 2; raise it"):
+        ClassesTold(classes=2).whole(batch, 0)
+    pictures = [Labelled("", tiny.image((16, 16), seed), 0) for seed in range(20)]
+    flipped = LabelledCollate(16, flip=True, seed=1)(pictures, range(20)).pixels
+    plain = LabelledCollate(16)(pictures, range(20)).pixels
+    mirrored = [not torch.equal(a, b) for a, b in zip(flipped, plain, strict=True)]
+    assert 4 < sum(mirrored) < 16
+    assert torch.equal(flipped, torch.where(torch.tensor(mirrored).view(-1, 1, 1, 1), plain.flip(-1), plain))
+    assert torch.equal(LabelledCollate(16, flip=True, seed=1)(pictures[5:6], [5]).pixels[0], flipped[5])
 
 
 def test_resumed_equals_straight_bit_for_bit(folder, tmp_path):

@@ -109,6 +109,8 @@ def in_plain_torch(run: Run) -> tuple[list[dict[str, float]], dict[str, torch.Te
     one = replace(run, engine=EngineConfig(zero=0, precision="fp32", clip_norm=0), schedule=replace(run.schedule))
     task = build(one, start(60))
     config, sit = task.config, task.sit
+    distance = task.distance
+    assert distance is not None
     modules: dict[str, nn.Module] = {name: engine.module for name, engine in task.engines.items()}
     optimizers = {name: adamw(module, run.optim) for name, module in modules.items()}
     batches, seen = _micro_batches(task), []
@@ -134,7 +136,7 @@ def in_plain_torch(run: Run) -> tuple[list[dict[str, float]], dict[str, torch.Te
                 LOSSES.l1 * off.abs().mean()
                 + LOSSES.l2 * off.square().mean()
                 + LOSSES.kl * kl
-                + LOSSES.perceptual * task.distance(coded.rebuilt, batch.pixels).mean()
+                + LOSSES.perceptual * distance(coded.rebuilt, batch.pixels).mean()
                 + LOSSES.align * alignment(guesses, features)
                 - LOSSES.adversarial * modules["discriminator"](coded.rebuilt).mean()
             )

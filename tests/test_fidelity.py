@@ -1,0 +1,31 @@
+"""Distances between sets of pictures, where the answer is known."""
+
+import pytest
+import torch
+
+from sample.fidelity import frechet, psnr, spatial_variance
+
+
+def test_the_distance_of_two_gaussians_is_known():
+    """|m1 - m2|^2 + sum (s1 - s2)^2 for independent channels; zero of a set from itself; the same both ways."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(200_000, 3, generator=generator) * torch.tensor([1.0, 2.0, 0.5])
+    b = torch.randn(200_000, 3, generator=generator) * torch.tensor([1.5, 1.0, 0.5]) + torch.tensor([0.0, 3.0, 0.0])
+    assert frechet(a, b) == pytest.approx(9 + 0.25 + 1, rel=0.02)
+    assert frechet(b, a) == pytest.approx(frechet(a, b), rel=1e-6)
+    assert frechet(a, a) == pytest.approx(0, abs=1e-6)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator)).Q
+    assert frechet(a @ turn, b @ turn) == pytest.approx(frechet(a, b), rel=1e-3)
+    with pytest.raises(ValueError, match="at least two pictures"):
+        frechet(a[:1], b)
+
+
+def test_psnr_of_a_known_error():
+    pictures = torch.zeros(2, 3, 4, 4)
+    assert psnr(pictures + 0.2, pictures).tolist() == pytest.approx([20.0, 20.0], rel=1e-5)  # 0.1 of the range
+
+
+def test_latents_that_are_alike_everywhere_have_no_spatial_variance():
+    latents = torch.randn(2, 3, 1, 1).expand(2, 3, 4, 4)
+    assert spatial_variance(latents).tolist() == [0.0, 0.0]
+    assert spatial_variance(torch.randn(2, 3, 32, 32)).tolist() == pytest.approx([1, 1], rel=0.1)
