@@ -14,6 +14,8 @@ from data.records import Labelled
 from data.told import ClassesTold, ScenesTold
 from model import metaquery
 from model.decoder import SiTDecoderConfig
+from model.discriminator import Discriminator
+from model.sit import SiT
 from model.vae import VAEConfig
 from sample.decoder_scores import load_decoder, score
 from tests import tiny
@@ -22,7 +24,8 @@ from tests.two_ranks import REPAE, results
 from train import checkpoint
 from train.engine import EngineConfig
 from train.ranks import start
-from train.repae import VAELosses, _injected
+from train.repae import RepaeTaskConfig, VAELosses, _injected
+from train.run import named, names
 
 FP32 = EngineConfig(zero=1, precision="fp32", clip_norm=CLIP_NORM)
 
@@ -204,6 +207,31 @@ def test_classes_condition_and_flips_are_addressed(folder):
     assert 4 < sum(mirrored) < 16
     assert torch.equal(flipped, torch.where(torch.tensor(mirrored).view(-1, 1, 1, 1), plain.flip(-1), plain))
     assert torch.equal(LabelledCollate(16, flip=True, seed=1)(pictures[5:6], [5]).pixels[0], flipped[5])
+
+
+@pytest.mark.parametrize(("size", "millions"), [("s", 33), ("b", 130), ("l", 458), ("xl", 675)])
+def test_published_sizes(size, millions):
+    """SiT's own counts (Ma et al. 2024, table 1), to what our normalised queries and the label's layer add: 3 %."""
+    task = named(f"repae.{size}_f8d4")().task
+    assert isinstance(task, RepaeTaskConfig)
+    assert task.sit is not None
+    with torch.device("meta"):
+        sit = SiT(task.sit)
+        out = sit(torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, 1, task.sit.condition_width))
+    assert sum(p.numel() for p in sit.parameters()) == pytest.approx(millions * 1e6, rel=0.03)
+    assert out.prediction.shape == (1, 4, 32, 32)
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name.startswith("repae.")])
+def test_every_run_is_consistent(name):
+    """Builds the parts that need no weights; the published ones at full size."""
+    task = named(name)().task
+    assert isinstance(task, RepaeTaskConfig)
+    with torch.device("meta"):
+        if task.sit is not None:
+            assert SiT(task.sit).config.align_depth or not task.targets
+        if task.discriminator is not None:
+            Discriminator(task.discriminator)
 
 
 def test_resumed_equals_straight_bit_for_bit(folder, tmp_path):

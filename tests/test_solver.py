@@ -67,18 +67,22 @@ def test_dpm_solver_beats_euler_at_thirty_steps(kind):
 
 @pytest.mark.parametrize("kind", NOISINGS)
 def test_the_stochastic_solver_draws_the_gaussian(kind):
+    """Mean, variance and the covariance of neighbours; 250 steps are the protocol of SiT and REPA-E. In diffusion sigma
+    falls like the root of t, and the last of its steps is too long."""
     generator = torch.Generator().manual_seed(1)
-    start = torch.randn(500, 4, 4, 4, generator=generator)
+    start = torch.randn(1000, 4, 4, 4, generator=generator)
     drawn = solve(
         Gaussian(NOISINGS[kind]),
         start,
-        150,
+        250,
         NOISINGS[kind],
         "euler_maruyama",
         lambda: torch.randn(start.shape, generator=generator),
     )
-    assert drawn.mean().item() == pytest.approx(MEAN, abs=0.02)
-    assert drawn.std().item() == pytest.approx(STD, abs=0.02)
+    off = drawn - drawn.mean()
+    assert drawn.mean().item() == pytest.approx(MEAN, rel=0.02)
+    assert off.square().mean().item() == pytest.approx(STD**2, rel=0.02 if "flow" in kind else 0.04)
+    assert (off[..., 1:] * off[..., :-1]).mean().item() == pytest.approx(0, abs=0.02 * STD**2)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
