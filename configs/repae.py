@@ -54,7 +54,7 @@ def world() -> Run:
             sit=sit,
             noise=NOISE,
             losses=VAELosses(kl=1e-6),
-            perceptual=PerceptualConfig(SEES, tokens=8),
+            perceptual=PerceptualConfig(SEES, dtype="bfloat16", tokens=8),
             discriminator=DiscriminatorConfig(width=16, layers=2),
             vae_optim=replace(OPTIM, lr=2e-4),
             discriminator_optim=replace(OPTIM, lr=2e-4),
