@@ -10,7 +10,7 @@ from data.shards import Shards
 from data.told import ClassesTold
 from model.alignment import ProjectorConfig
 from model.discriminator import DiscriminatorConfig
-from model.perceptual import PerceptualConfig
+from model.perceptual import FeaturesConfig, LPIPSConfig
 from model.sit import SiTConfig
 from model.targets import TargetConfig
 from model.vae import VAEConfig
@@ -54,7 +54,7 @@ def world() -> Run:
             sit=sit,
             noise=NOISE,
             losses=VAELosses(kl=1e-6),
-            perceptual=PerceptualConfig(SEES, dtype="bfloat16", tokens=8),
+            perceptual=FeaturesConfig(TargetConfig(SEES), tokens=8),
             discriminator=DiscriminatorConfig(width=16, layers=2),
             vae_optim=replace(OPTIM, lr=2e-4),
             discriminator_optim=replace(OPTIM, lr=2e-4),
@@ -144,8 +144,9 @@ def xl_f8d4() -> Run:
     torchrun --nproc_per_node 8 -m train.run repae.xl_f8d4 --data.sources.0.urls 'shards/imagenet/*.tar'
 
     8 GPUs of 80 GB, 400,000 steps (80 epochs). The paper's FID is 4.07 without guidance; this recipe was never run. It
-    differs in bfloat16 for float16, group for batch norm in the discriminator, and LPIPS in the range it was made for.
-    LPIPS wants its two files in the folder `lpips` (see model/perceptual.py).
+    differs in bfloat16 for float16; a discriminator that starts afresh, with group norm for batch norm; LPIPS in the range
+    it was made for; an average of the VAE in the release; and a SiT that normalises queries and keys and reads the class as
+    a token. LPIPS wants its two files in the folder `lpips` (see model/perceptual.py).
     """
     return Run(
         name="repae-xl-f8d4",
@@ -153,7 +154,7 @@ def xl_f8d4() -> Run:
             vae=VAEConfig("stabilityai/sd-vae-ft-ema"),
             sit=_sit("xl", latent_channels=4, latent_size=32, patch=2),
             told=ClassesTold(classes=1000),
-            perceptual=PerceptualConfig("lpips", kind="lpips"),
+            perceptual=LPIPSConfig("lpips"),
             discriminator=DiscriminatorConfig(),
             targets=(TargetConfig("facebook/dinov2-base"),),
         ),

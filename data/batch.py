@@ -126,7 +126,7 @@ class ChatCollate:
 
 @dataclass(frozen=True)
 class LabelledCollate:
-    """Labelled records -> LabelledBatch; with `flip`, every other picture mirrored, by its sample number."""
+    """Labelled records -> LabelledBatch; with `flip`, half of the pictures mirrored, by sample number."""
 
     image_size: int  # pixels a side
     flip: bool = False

@@ -5,6 +5,7 @@ R pictures that are decoded, H W pixels, c h w latent channels, height, width.""
 
 from typing import Any, NamedTuple
 
+from diffusers import AutoencoderDC  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
 
@@ -23,6 +24,11 @@ class Autoencoder(nn.Module):
     def __init__(self, autoencoder: Any) -> None:  # Any: diffusers' annotations lag behind its signatures
         super().__init__()
         self.autoencoder = autoencoder
+
+    @property
+    def gaussian(self) -> bool:
+        """Whether it encodes to a posterior."""
+        return not isinstance(self.autoencoder, AutoencoderDC)
 
     @property
     def latent_channels(self) -> int:

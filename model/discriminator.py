@@ -15,7 +15,8 @@ class DiscriminatorConfig:
     width: int = 64
     layers: int = 3
     norm: Literal["group", "batch", "sync"] = "group"
-    """batch: each rank's own statistics, as published; sync: those of all ranks, on GPUs only; group: none to share."""
+    """batch: each rank's own statistics, as published; sync: those of all ranks, on GPUs only; group: none to share, so
+    that real and false pictures go through it together."""
 
     def __post_init__(self) -> None:
         if self.width % 8 or self.layers < 1:
@@ -27,6 +28,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
+        self.config = config
         widths = [config.width * min(2**number, 8) for number in range(config.layers + 1)]
         steps: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for number in range(1, config.layers + 1):

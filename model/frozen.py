@@ -146,7 +146,7 @@ class FrozenMLLM:
         rest = prefix if head is None else prefix.without_head()
         given, cache = self.arguments(rest), None
         if head is not None:
-            head = head.select([0] * prefix.batch_size)
+            head = head.repeated(prefix.batch_size)
             cache = self._cache(head)
             if rest.padded:
                 given["attention_mask"] = torch.cat([head.mask, rest.mask], dim=1)

@@ -23,19 +23,26 @@ class LatentNorm(nn.Module):
         self.momentum, self.eps = momentum, eps
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("variance", torch.tensor(std, dtype=torch.float32).square().sub(eps).clamp(min=0))
+        self._moved: tuple[Tensor, ...] | None = None  # where the running statistics go if the step is taken
         self.register_buffer("average", torch.stack([self.mean, self.variance]))
 
     def forward(self, latents: Tensor, update: bool = False) -> Tensor:
         """Latents [B, c, h, w] by the running statistics; or, to `update` them, by those of this batch on all ranks, through
-        which no gradient goes. Float32."""
+        which no gradient goes. The running ones move when the step is settled. Float32."""
         latents = latents.float()
         mean, variance = self._take(latents) if update else (self.mean, self.variance)
         return (latents - mean.view(1, -1, 1, 1)) * (variance + self.eps).rsqrt().view(1, -1, 1, 1)
 
     @torch.no_grad()
-    def follow(self, keep: float) -> None:
-        """average <- keep * average + (1 - keep) * running statistics."""
-        self.average.lerp_(torch.stack([self.mean, self.variance]), 1 - keep)
+    def settle(self, taken: bool, keep: float) -> None:
+        """After an optimizer step: if it was taken, the running statistics become what its batches made of them, and
+        average <- keep * average + (1 - keep) * running statistics."""
+        moved, self._moved = self._moved, None
+        if taken:
+            if moved is not None:
+                self.mean.copy_(moved[0])
+                self.variance.copy_(moved[1])
+            self.average.lerp_(torch.stack([self.mean, self.variance]), 1 - keep)
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Average mean and deviation of each channel, as `latents_mean` and `latents_std` of a VAE's config tell them."""
@@ -44,14 +51,16 @@ class LatentNorm(nn.Module):
 
     @torch.no_grad()
     def _take(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance [c] over all ranks; the running ones move towards them, the variance unbiased, as in torch."""
-        count = latents.new_tensor([latents.numel() / latents.shape[1]])
+        """Mean and variance [c] over all ranks; the running ones are to move towards them, the variance unbiased, as in
+        torch."""
+        count = latents.new_full((1,), latents.numel() / latents.shape[1])
         mean = _over_ranks(torch.cat([latents.sum((0, 2, 3)), count]))
         mean, count = mean[:-1] / mean[-1], mean[-1]
         off = latents - mean.view(1, -1, 1, 1)
         variance = _over_ranks(off.square().sum((0, 2, 3))) / count
-        self.mean.lerp_(mean, self.momentum)
-        self.variance.lerp_(variance * count / (count - 1), self.momentum)
+        before = self._moved or (self.mean, self.variance)
+        after = mean, variance * count / (count - 1)
+        self._moved = tuple(old.lerp(new, self.momentum) for old, new in zip(before, after, strict=True))
         return mean, variance
 
 

@@ -4,7 +4,6 @@ With LPIPS's published weights where they are given; else by the features of any
 download: a distance of its own, to be named as such. Letters: B batch, H W pixels."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +18,23 @@ _CHANNELS = (64, 128, 256, 512, 512)
 
 
 @dataclass(frozen=True)
-class PerceptualConfig:
-    """features: an encoder, as an alignment target is named. lpips: a folder with torchvision's `vgg16-397923af.pth` and the
-    `vgg.pth` of LPIPS 0.1."""
+class FeaturesConfig:
+    """The features of an encoder."""
 
-    path: str
-    kind: Literal["features", "lpips"] = "features"
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    target: TargetConfig
     tokens: int = 16
-    """features: along a side of the picture."""
+    """Along a side of the picture."""
+
+
+@dataclass(frozen=True)
+class LPIPSConfig:
+    """LPIPS 0.1, in float32."""
+
+    path: str = "lpips"
+    """A folder with torchvision's `vgg16-397923af.pth` and the `vgg.pth` of LPIPS 0.1."""
+
+
+PerceptualConfig = FeaturesConfig | LPIPSConfig
 
 
 class FeatureDistance:
@@ -36,6 +42,11 @@ class FeatureDistance:
 
     def __init__(self, target: Target, tokens: int) -> None:
         self.target, self.tokens = target, tokens
+
+    @property
+    def network(self) -> nn.Module:
+        """What decides it."""
+        return self.target.encoder
 
     def to(self, device: torch.device | str) -> "FeatureDistance":
         self.target.to(device)
@@ -70,6 +81,11 @@ class LPIPS(nn.Module):
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
 
+    @property
+    def network(self) -> nn.Module:
+        """What decides it."""
+        return self
+
     def forward(self, rebuilt: Tensor, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] twice -> [B]; the gradient goes to the first alone."""
         with torch.no_grad():
@@ -96,14 +112,14 @@ Perceptual = FeatureDistance | LPIPS
 
 def load_perceptual(config: PerceptualConfig) -> Perceptual:
     """The frozen distance that `config` names, on CPU. ValueError when its weights are missing."""
-    if config.kind == "features":
-        return FeatureDistance(load_target(TargetConfig(config.path, config.revision, config.dtype)), config.tokens)
+    if isinstance(config, FeaturesConfig):
+        return FeatureDistance(load_target(config.target), config.tokens)
     folder = locate(config.path)
     files = [] if folder is None else [folder / "vgg16-397923af.pth", folder / "vgg.pth"]
     if not files or not all(file.is_file() for file in files):
         raise ValueError(
             f"perceptual.path {config.path!r} lacks vgg16-397923af.pth (of torchvision) or vgg.pth (of LPIPS 0.1); "
-            "put both into one folder, or set perceptual.kind to features"
+            "put both into one folder, or take the features of an encoder"
         )
     trunk, linear = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
     distance = LPIPS()

@@ -40,6 +40,16 @@ class Prefilled:
             padded=self.padded,
         )
 
+    def repeated(self, count: int) -> "Prefilled":
+        """The only row so many times, as views."""
+        return Prefilled(
+            layers=tuple((keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1)) for keys, values in self.layers),
+            mask=self.mask.expand(count, -1),
+            next_positions=self.next_positions.expand(count),
+            states=self.states.expand(count, -1, -1),
+            padded=self.padded,
+        )
+
     def last_states(self, count: int) -> Tensor:
         """States of the last `count` prefix tokens, [B, count, D]; zero where a row is shorter."""
         order = self.mask.byte().argsort(dim=1, stable=True)  # [B, P]: padding first

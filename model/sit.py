@@ -85,6 +85,8 @@ class SiT(nn.Module):
         """x_t [B, c, h, w], t [B] in [0, 1], condition [B, L, C], condition_mask [B, L] bool (True = real; with
         cross_attention each row needs one) -> float32 prediction [B, c, h, w], and the latent tokens after block
         number `hidden_at`; with `stop` these alone, the blocks after it not run."""
+        if condition.shape[1] > len(self.condition_position):
+            raise ValueError(f"{condition.shape[1]} conditioning tokens for a SiT that takes {len(self.condition_position)}")
         dtype = self.embed.weight.dtype
         condition = self.embed_condition(condition.to(dtype))  # [B, L, D]
         condition = condition + self.condition_position[: condition.shape[1]]

@@ -102,7 +102,7 @@ class QwenTarget(Target):
 
     def __init__(self, config: TargetConfig, encoder: Any, mean: list[float], std: list[float]) -> None:
         super().__init__(config, encoder, mean, std, encoder.config.out_hidden_size)
-        batch_equal_pictures(encoder)
+        self._batched = False
 
     def _size(self, grid: Grid) -> Grid:
         cell = self.encoder.config.patch_size * self.encoder.config.spatial_merge_size
@@ -110,6 +110,9 @@ class QwenTarget(Target):
         return rows * cell, columns * cell
 
     def _tokens(self, pixels: Tensor) -> tuple[Tensor, Grid]:
+        if pixels.device.type == "cpu" and not self._batched:  # on a GPU it would wait to see that all are of one size
+            batch_equal_pictures(self.encoder)
+            self._batched = True
         settings = self.encoder.config
         patch, merge, times = settings.patch_size, settings.spatial_merge_size, settings.temporal_patch_size
         batch, _, height, width = pixels.shape

@@ -82,11 +82,15 @@ def decoder(args: Decoder) -> None:
     from sample.decoder_scores import load_decoder, score
     from sample.measures import show, write_json
 
+    scored = load_decoder(args.release)
+    if not scored.labels.config.places:
+        raise ValueError(f"--release {args.release} was told class numbers; only decoders told scenes can be scored")
+    size = scored.sit.config.latent_size * scored.vae.factor
     measures = score(
-        load_decoder(args.release),
+        scored,
         load_target(TargetConfig(args.features, dtype="float32")),
         ScenesTold(),
-        Data(sources=(Scenes(split="val"),), task="labelled"),
+        Data(sources=(Scenes(split="val"),), task="labelled", image_size=size),
         args.images,
         args.seed,
         args.batch_size,

@@ -30,4 +30,6 @@ def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     features = features.double()
     if len(features) < 2:
         raise ValueError("a distance of features needs at least two pictures on each side")
+    if not features.isfinite().all():
+        raise ValueError("features of the pictures are not finite: what draws or encodes them is broken")
     return features.mean(0), torch.cov(features.T)

@@ -20,6 +20,11 @@ def test_the_distance_of_two_gaussians_is_known():
         frechet(a[:1], b)
 
 
+def test_a_broken_model_has_no_distance():
+    with pytest.raises(ValueError, match="not finite"):
+        frechet(torch.full((4, 2), float("nan")), torch.randn(4, 2))
+
+
 def test_psnr_of_a_known_error():
     pictures = torch.zeros(2, 3, 4, 4)
     assert psnr(pictures + 0.2, pictures).tolist() == pytest.approx([20.0, 20.0], rel=1e-5)  # 0.1 of the range

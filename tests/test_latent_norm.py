@@ -12,6 +12,7 @@ def test_it_is_a_batch_norm_without_gain():
     for seed in range(4):
         latents = 2 * torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(seed)) + 1
         torch.testing.assert_close(ours(latents, update=True), theirs(latents), rtol=1e-5, atol=1e-5)
+        ours.settle(True, keep=0.0)
     torch.testing.assert_close(ours.mean, theirs.running_mean)
     torch.testing.assert_close(ours.variance, theirs.running_var, rtol=1e-4, atol=1e-4)
     theirs.eval()
@@ -27,11 +28,20 @@ def test_it_starts_as_the_vae_says_and_reading_moves_nothing():
     torch.testing.assert_close(normal.flatten(), torch.ones(2))
 
 
-def test_the_average_follows_the_running_statistics():
-    norm = LatentNorm([0.0], [1.0])
-    norm(torch.randn(8, 1, 4, 4) + 5, update=True)
-    assert norm.statistics()[0] == [0.0]
-    norm.follow(keep=0.75)
+def test_the_statistics_move_with_a_step_that_is_taken():
+    """Once for all batches of a step, each moving them on; a step that is refused leaves no trace, whatever it saw."""
+    norm, sequence = LatentNorm([0.0], [1.0]), LatentNorm([0.0], [1.0])
+    norm(torch.full((8, 1, 4, 4), float("nan")), update=True)
+    norm.settle(False, keep=0.75)
+    for seed in range(2):
+        latents = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(seed)) + 5
+        norm(latents, update=True)
+        assert norm.mean.tolist() == [0.0]
+        sequence(latents, update=True)
+        sequence.settle(True, keep=0.0)
+    norm.settle(True, keep=0.75)
+    torch.testing.assert_close(norm.mean, sequence.mean)
+    torch.testing.assert_close(norm.variance, sequence.variance)
     torch.testing.assert_close(torch.tensor(norm.statistics()[0]), 0.25 * norm.mean)
 
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from model.discriminator import Discriminator, DiscriminatorConfig
-from model.perceptual import LPIPS, PerceptualConfig, load_perceptual
+from model.perceptual import LPIPS, FeaturesConfig, LPIPSConfig, load_perceptual
+from model.targets import TargetConfig
 from tests.tiny_repae import dinov2_folder
 
 
@@ -27,7 +28,7 @@ def lpips_folder(tmp_path_factory):
 
 def test_lpips_is_its_published_formula(lpips_folder):
     """Zhang et al. 2018, eq. 1, over the five relu layers of VGG-16, for pictures in [-1, 1] scaled once."""
-    distance = load_perceptual(PerceptualConfig(str(lpips_folder), "lpips"))
+    distance = load_perceptual(LPIPSConfig(str(lpips_folder)))
     trunk, linear = (torch.load(lpips_folder / name) for name in ("vgg16-397923af.pth", "vgg.pth"))
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     a, b = pictures(1), pictures(2)
@@ -44,8 +45,10 @@ def test_lpips_is_its_published_formula(lpips_folder):
 
 @pytest.mark.parametrize("kind", ["features", "lpips"])
 def test_a_distance_is_zero_between_equals_and_pulls_the_first_alone(kind, lpips_folder, tmp_path):
-    path = lpips_folder if kind == "lpips" else dinov2_folder(tmp_path / "dinov2")
-    distance = load_perceptual(PerceptualConfig(str(path), kind))
+    config = LPIPSConfig(str(lpips_folder))
+    if kind == "features":
+        config = FeaturesConfig(TargetConfig(str(dinov2_folder(tmp_path / "dinov2")), dtype="float32"))
+    distance = load_perceptual(config)
     a, b = pictures(1).requires_grad_(), pictures(2).requires_grad_()
     torch.testing.assert_close(distance(a, a.detach()), torch.zeros(2), atol=1e-5, rtol=0)
     away = distance(a, b)
@@ -57,7 +60,7 @@ def test_a_distance_is_zero_between_equals_and_pulls_the_first_alone(kind, lpips
 
 def test_missing_weights_say_what_to_put_where(tmp_path):
     with pytest.raises(ValueError, match=r"perceptual.path .* lacks vgg16-397923af.pth"):
-        load_perceptual(PerceptualConfig(str(tmp_path), "lpips"))
+        load_perceptual(LPIPSConfig(str(tmp_path)))
 
 
 def test_the_discriminator_judges_patches():

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
+from diffusers import AutoencoderDC, AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from PIL import Image
 
 from data.batch import LabelledBatch, LabelledCollate
@@ -14,12 +14,12 @@ from data.records import Labelled
 from data.told import ClassesTold, ScenesTold
 from model import metaquery
 from model.decoder import SiTDecoderConfig
-from model.discriminator import Discriminator
+from model.discriminator import Discriminator, DiscriminatorConfig
 from model.sit import SiT
 from model.vae import VAEConfig
 from sample.decoder_scores import load_decoder, score
 from tests import tiny
-from tests.tiny_repae import BATCH, CLIP_NORM, STEPS, advance, build, in_plain_torch, repae_run, weights
+from tests.tiny_repae import BATCH, CLIP_NORM, LOSSES, STEPS, advance, build, in_plain_torch, repae_run, weights
 from tests.two_ranks import REPAE, results
 from train import checkpoint
 from train.engine import EngineConfig
@@ -282,8 +282,67 @@ def test_a_frozen_vae_is_only_read(folder):
     advance(task, run)
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.coder.state_dict().items())
     assert task.frozen().keys() == {"target 0", "vae"}
+    assert build(repae_run(folder, FP32), start(60)).frozen().keys() == {"target 0", "perceptual"}
     mean, std = task.sit.norm.statistics()
     assert (mean, std) == (pytest.approx([0.1, -0.2, 0.0, 0.3]), pytest.approx([0.5, 1.0, 2.0, 0.8]))
+
+
+def test_a_refused_step_leaves_no_trace(folder):
+    """One batch with a broken picture: the statistics and the weights stay, and the next batch is learned from."""
+    run = repae_run(folder, FP32)
+    task = build(run, start(60))
+    batch = next(task.batches(0))
+    before = weights(task)
+    task.step(replace(batch, pixels=batch.pixels.clone().fill_(float("nan"))))
+    assert all(engine.last and engine.last.objection for engine in task.engines.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(task).items())
+    task.step(batch)
+    assert not any(engine.last and engine.last.objection for engine in task.engines.values())
+
+
+def test_the_guard_sees_no_spike_in_an_objective_near_zero(folder):
+    """The alignment is counted from 0 up, and a discriminator that has won is not watched for spikes."""
+    task: Any = build(repae_run(folder, FP32), start(60))
+    seen = {}
+    for name, engine in task.engines.items():
+        backward = engine.backward
+        engine.backward = lambda loss, name=name, backward=backward: (seen.setdefault(name, float(loss)), backward(loss))
+    task.step(next(task.batches(0)))
+    assert min(seen.values()) >= 0
+    assert task.engines["discriminator"].config.guard.spike == 0
+
+
+def test_parts_that_do_not_fit_are_refused(folder):
+    for changes, message in [
+        (dict(sit=tiny.sit_config(latent_channels=3)), r"draws latents of 3 x 8 x 8, and task.vae .* makes 4 x 8 x 8"),
+        (dict(sit=tiny.sit_config(latent_size=16)), r"draws latents of 4 x 16 x 16"),
+        (dict(discriminator=DiscriminatorConfig(norm="sync")), "norm sync needs GPUs"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build(repae_run(folder, FP32, **changes), start(60))
+
+
+def test_an_autoencoder_without_posterior_trains_without_kl(folder, tmp_path):
+    """DC-AE encodes to a point; asked to hold back a posterior it says that it has none."""
+    settings: dict[str, Any] = dict(
+        latent_channels=4,
+        attention_head_dim=8,
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+    )
+    AutoencoderDC(**settings).save_pretrained(tmp_path)
+    changes: dict[str, Any] = dict(vae=VAEConfig(str(tmp_path)))
+    with pytest.raises(ValueError, match=r"task.losses.kl: task.vae .* has no posterior"):
+        build(repae_run(folder, FP32, **changes), start(60))
+    run = repae_run(folder, FP32, **changes, losses=replace(LOSSES, kl=0.0))
+    seen = advance(build(run, start(60)), run)
+    assert all("kl" not in scalars and scalars["vae.norm"] > 0 for scalars in seen)
 
 
 def test_settings_that_contradict_each_other_are_refused(folder):

@@ -13,7 +13,7 @@ from data.loader import Data, World
 from model.alignment import ProjectorConfig, alignment
 from model.discriminator import DiscriminatorConfig
 from model.noise import noise
-from model.perceptual import PerceptualConfig
+from model.perceptual import FeaturesConfig
 from model.targets import TargetConfig
 from model.vae import VAEConfig
 from tests import tiny
@@ -54,7 +54,7 @@ def repae_run(folder: Path, engine: EngineConfig, accumulation: int = 1, **chang
         vae=VAEConfig(str(folder / "vae")),
         sit=tiny.sit_config(),
         losses=LOSSES,
-        perceptual=PerceptualConfig(seen, tokens=4),
+        perceptual=FeaturesConfig(TargetConfig(seen, dtype="float32"), tokens=4),
         discriminator=DiscriminatorConfig(width=8, layers=1),
         targets=(TargetConfig(seen, dtype="float32"),),
         projector=ProjectorConfig(width=24),
@@ -155,6 +155,7 @@ def in_plain_torch(run: Run) -> tuple[list[dict[str, float]], dict[str, torch.Te
             norms[f"{name}.norm"] = float(nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM))
             optimizers[name].step()
             optimizers[name].zero_grad()
+        sit.norm.settle(True, keep=1.0)
         seen.append({name: float(value) for name, value in scalars.items()} | norms)
     found = {}
     for name, module in modules.items():

@@ -164,7 +164,8 @@ class Bench:
 
     def __init__(self, model: MetaQuery, args: Metaquery, device: str | None = None) -> None:
         self.model, self.args, self.device = model, args, torch.device(device or args.device)
-        assert model.queries is not None, "the ablation without queries has nothing to compare"
+        if model.queries is None:
+            raise ValueError(f"config {args.config!r} reads its prompt without queries, and has nothing to compare")
         embeddings: Any = model.mllm.model.get_input_embeddings()
         vectors = model.queries.vectors
         with self.device:
@@ -238,7 +239,7 @@ class Bench:
         size, dtype = (8192 if self.device.type == "cuda" else 2048), torch.float32
         if self.args.precision == "autocast":
             dtype = torch.bfloat16
-        a = torch.ones(size, size, device=self.device, dtype=dtype)
+        a = torch.randn(size, size, device=self.device, dtype=dtype)
         return 2 * size**3 / min(self._timed(lambda: a @ a, []) for _ in range(5))
 
     def _timed(self, work: Callable[[], Any], optimizers: Sequence[torch.optim.Optimizer], keep: bool = False) -> float:

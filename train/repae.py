@@ -13,7 +13,7 @@ an encoder's features.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +34,7 @@ from model.perceptual import Perceptual, PerceptualConfig, load_perceptual
 from model.sit import SiT, SiTConfig
 from model.targets import Target, TargetConfig, load_target
 from model.vae import LatentVAE, VAEConfig, load_vae
-from train.ema import EmaConfig, kept
+from train.ema import kept
 from train.engine import Engine
 from train.loss import gaussian_kl, hinge, squared_error
 from train.optim import OptimConfig
@@ -91,7 +91,7 @@ class RepaeTaskConfig:
     recon_fraction: float = 1.0
     """Share of each batch that is decoded and compared; the rest trains the encoder by its alignment alone."""
     flip: bool = False
-    """Mirror every other picture; for labels without places."""
+    """Mirror half of the pictures, chosen by sample number; for labels without places."""
     vae_optim: OptimConfig | None = None
     """None: the run's own."""
     discriminator_optim: OptimConfig | None = None
@@ -117,6 +117,7 @@ class RepaeTaskConfig:
             raise ValueError(f"data.task is {run.data.task}; REPA-E learns from labelled pictures")
         vae = load_vae(self.vae, weights=not self.fresh_vae)
         coder = Autoencoder(vae.autoencoder)
+        self._check(coder, run.data.image_size, ranks)
         targets = [load_target(target).to(ranks.device) for target in self.targets]
         modules: dict[str, nn.Module] = {}
         if self.sit is not None:
@@ -126,12 +127,30 @@ class RepaeTaskConfig:
             if self.discriminator is not None and self.losses.adversarial:
                 modules["discriminator"] = Discriminator(self.discriminator)
         optims = {"vae": self.vae_optim, "discriminator": self.discriminator_optim}
-        engines = {name: engine_for(module, run, ranks, optims.get(name)) for name, module in modules.items()}
+        guard = replace(run.engine.guard, spike=0)  # of one that wins the loss is near 0, and any other a spike
+        runs = {"discriminator": replace(run, engine=replace(run.engine, guard=guard))}
+        engines = {
+            name: engine_for(module, runs.get(name, run), ranks, optims.get(name)) for name, module in modules.items()
+        }
         distance = None
         if self.train_vae and self.perceptual is not None and self.losses.perceptual:
             distance = load_perceptual(self.perceptual).to(ranks.device)
         loader = loader_for(LabelledCollate(run.data.image_size, self.flip, run.seed), run, ranks)
         return RepaeTask(self, engines, coder, vae.to(ranks.device), targets, distance, loader, run, ranks)
+
+    def _check(self, coder: Autoencoder, image_size: int, ranks: Ranks) -> None:
+        """ValueError where the parts do not fit each other or the machine."""
+        side, sit = image_size / coder.factor, self.sit
+        if sit is not None and (sit.latent_channels, sit.latent_size) != (coder.latent_channels, side):
+            raise ValueError(
+                f"task.sit draws latents of {sit.latent_channels} x {sit.latent_size} x {sit.latent_size}, and task.vae "
+                f"{self.vae.path!r} makes {coder.latent_channels} x {side:g} x {side:g} of data.image_size {image_size}; "
+                "change one of them"
+            )
+        if self.train_vae and self.losses.kl and not coder.gaussian:
+            raise ValueError(f"task.losses.kl: task.vae {self.vae.path!r} has no posterior to hold; set the weight to 0")
+        if self.discriminator is not None and self.discriminator.norm == "sync" and ranks.device.type != "cuda":
+            raise ValueError("task.discriminator.norm sync needs GPUs; choose group or batch")
 
 
 class Predicted(NamedTuple):
@@ -217,16 +236,20 @@ class RepaeTask(LoaderTask):
                 measured |= self._step_discriminator(pixels[:count], coded.rebuilt.detach())
             latents = coded.latents.detach()
         else:
+            for name in self.engines.keys() & {"vae", "discriminator"}:
+                self.engines[name].last = None  # what their last step did is no news any more
             latents = self._encode(pixels, posterior)
         if given is not None:
             measured |= self._step_sit(latents, given, seen)
         return measured
 
     def frozen(self) -> dict[str, str]:
-        """The VAE, where it only is read, and the encoders."""
+        """The VAE, where it only is read, the encoders, and the network of the perceptual distance."""
         parts = {f"target {number}": target.encoder for number, target in enumerate(self.targets)}
         if "vae" not in self.engines:
             parts["vae"] = self.vae.autoencoder
+        if self.distance is not None:
+            parts["perceptual"] = self.distance.network
         return {name: fingerprint(tensors_of(part)) for name, part in parts.items()}
 
     def preview(self, folder: Path, step: int) -> None:
@@ -264,14 +287,18 @@ class RepaeTask(LoaderTask):
         """Raw latents of a VAE that does not train, or not any more."""
         if "vae" in self.engines:
             return self.engines["vae"].aside(pixels, posterior, 0).latents
-        return Coded(*self.coder(pixels.to(self.vae.autoencoder.dtype), posterior, 0)).latents
+        half = self.engines["main"].config.precision != "fp32"
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=half):
+            return Coded(*self.coder(pixels.to(self.vae.autoencoder.dtype), posterior, 0)).latents
 
     def _step_vae(self, coded: Coded, pixels: Tensor, given: Any, seen: list[Tensor]) -> dict[str, Tensor]:
         weights, rebuilt = self.config.losses, coded.rebuilt.float()
         off = rebuilt - pixels  # [R, 3, H, W]
-        kl = gaussian_kl(coded.mean, coded.logvar).flatten(1).sum(1).mean()
-        measured = {"l1": off.abs().mean(), "mse": off.square().mean(), "kl": kl}
-        loss = weights.l1 * measured["l1"] + weights.l2 * measured["mse"] + weights.kl * kl
+        measured = {"l1": off.abs().mean(), "mse": off.square().mean()}
+        loss = weights.l1 * measured["l1"] + weights.l2 * measured["mse"]
+        if weights.kl:
+            measured["kl"] = gaussian_kl(coded.mean, coded.logvar).flatten(1).sum(1).mean()
+            loss = loss + weights.kl * measured["kl"]
         if self.distance is not None:
             measured["perceptual"] = self.distance(rebuilt, pixels).mean()
             loss = loss + weights.perceptual * measured["perceptual"]
@@ -301,8 +328,12 @@ class RepaeTask(LoaderTask):
 
     def _step_discriminator(self, pixels: Tensor, rebuilt: Tensor) -> dict[str, Tensor]:
         engine = self.engines["discriminator"]
-        real, false = engine(torch.cat([pixels, rebuilt.to(pixels.dtype)])).float().chunk(2)
-        loss = hinge(real, false)
+        rebuilt = rebuilt.to(pixels.dtype)
+        if engine.module.config.norm == "group":
+            real, false = engine(torch.cat([pixels, rebuilt])).chunk(2)
+        else:  # the statistics of real and of false pictures apart, as published
+            real, false = engine(pixels), engine(rebuilt)
+        loss = hinge(real.float(), false.float())
         engine.backward(loss)
         engine.step()
         return {"discriminator": loss.detach()}
@@ -317,13 +348,15 @@ class RepaeTask(LoaderTask):
         if seen:
             align = self._alignment(predicted.guesses, seen)
             measured["align"] = align.detach()
-            objective = loss + self.config.align * align
+            objective = loss + self.config.align * (1 + align)  # never negative: the guard compares it with what is usual
         else:  # every parameter of an engine needs its part in the loss
             objective = loss + sum(0.0 * guess.sum() for guess in predicted.guesses)
         engine.backward(objective)
         engine.step()
-        if engine.steps > before and engine.last and engine.last.objection is None:
-            self.sit.norm.follow(_keep(self.ema, engine.steps, self.batch_size))
+        if engine.steps > before:
+            taken = engine.last is not None and engine.last.objection is None
+            keep = kept(self.ema, images_seen=engine.steps * self.batch_size, images=self.batch_size)
+            self.sit.norm.settle(taken, keep)
         return measured
 
     def _alignment(self, guesses: tuple[Tensor, ...], seen: list[Tensor]) -> Tensor:
@@ -337,7 +370,3 @@ def _injected(made: Tensor, judge: Any) -> Tensor:
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(judge(leaf), leaf)
     return (gradient.to(made.dtype) * (made - made.detach())).sum()
-
-
-def _keep(ema: EmaConfig, steps: int, batch_size: int) -> float:
-    return kept(ema, images_seen=steps * batch_size, images=batch_size)

@@ -49,28 +49,37 @@ class Args:
 def main(argv: list[str] | None = None) -> None:
     """Trains, scores, and sets the arms side by side."""
     args = tyro.cli(Args, args=argv, description=Args.__doc__)
+    if len(set(args.seeds)) < len(args.seeds) or len(args.seeds) > max(STUDENT):
+        raise ValueError(f"seeds: give different ones, at most {max(STUDENT)}")
     for seed in args.seeds:
         for arm in ARMS:
-            if not (args.out / f"{arm}-{seed}" / "scores.json").is_file():
+            if not scores(arm, seed, args).is_file():
                 train(arm, seed, args)
     if len(args.seeds) < 2:
         return
     args.json.mkdir(parents=True, exist_ok=True)
     for arm in ARMS:
-        folders = [args.out / f"{arm}-{seed}" for seed in args.seeds]
-        write_json(args.json / f"{arm}.json", over_seeds([read_json(folder / "scores.json") for folder in folders]))
-        for seed, folder in zip(args.seeds, folders, strict=True):
-            shutil.copyfile(folder / "metrics.jsonl", args.json / f"{arm}-{seed}.metrics.jsonl")
+        files = [scores(arm, seed, args) for seed in args.seeds]
+        write_json(args.json / f"{arm}.json", over_seeds([read_json(file) for file in files]))
+        for seed, file in zip(args.seeds, files, strict=True):
+            shutil.copyfile(file.parent / "metrics.jsonl", args.json / f"{arm}-{seed}.metrics.jsonl")
+
+
+def scores(arm: str, seed: int, args: Args) -> Path:
+    """Where a run's scores lie: other steps are another run, other pictures other scores."""
+    return args.out / f"{arm}-{seed}-{args.steps}" / f"scores-{args.images}.json"
 
 
 def train(arm: str, seed: int, args: Args) -> None:
     """One run and its scores."""
-    folder = args.out / f"{arm}-{seed}"
+    file = scores(arm, seed, args)
+    folder = file.parent
     steps = ["--schedule.steps", f"{args.steps}", "--schedule.preview-every", f"{args.steps}"]
-    tuned = ["--task.vae.path", str(args.out / f"joint-{seed}" / "release" / "vae")] if arm == "joint_ldm" else []
+    steps += ["--task.perceptual.target.dtype", "float32"]  # as the figures in docs/ were made
+    tuned = ["--task.vae.path", str(scores("joint", seed, args).parent / "release" / "vae")] if arm == "joint_ldm" else []
     _do("train.run", ARMS[arm], "--out", str(folder), "--seed", f"{seed}", *steps, *tuned)
     scored = ["--release", f"{folder}/release", "--images", f"{args.images}", "--steps", "12"]
-    _do("sample.evaluate", "decoder", *scored, "--json", f"{folder}/scores.json")
+    _do("sample.evaluate", "decoder", *scored, "--json", f"{file}")
 
 
 def over_seeds(runs: list[dict[str, Measure]]) -> dict[str, Measure]:
