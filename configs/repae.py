@@ -204,7 +204,8 @@ def xl_f16d32_ldm() -> Run:
 
     torchrun --nproc_per_node 8 -m train.run repae.xl_f16d32_ldm --data.sources.0.urls 'shards/imagenet/*.tar'
 
-    800 epochs; the paper's FID is 1.12 with guidance 2.4 in [0, 0.73] and balanced labels. Never run here.
+    800 epochs; the paper's FID is 1.12 with guidance 2.4 in [0, 0.73] and balanced labels. Never run here. With latents made
+    once by data.precompute (`--data.sources.0.latents latents/imagenet`) the VAE is not asked again.
     """
     run = xl_f8d4_repa()
     task = replace(

@@ -58,6 +58,7 @@ class LabelledBatch:
     index: torch.Tensor  # [B] long, global sample numbers
     labels: torch.Tensor | tuple[dict[str, Any], ...]  # [B] long for class numbers; scenes stay JSON objects
     pixels: torch.Tensor  # [B, 3, H, W] in [-1, 1]
+    latents: torch.Tensor | None = None  # [B, c, h, w] float16, of unit variance, where they are known
 
     @property
     def scenes(self) -> tuple[dict[str, Any], ...]:
@@ -69,7 +70,8 @@ class LabelledBatch:
     def to(self, device: Device) -> "LabelledBatch":
         """The same batch on another device."""
         labels = self.labels.to(device) if isinstance(self.labels, torch.Tensor) else self.labels
-        return replace(self, index=self.index.to(device), labels=labels, pixels=self.pixels.to(device))
+        latents = self.latents if self.latents is None else self.latents.to(device)
+        return replace(self, index=self.index.to(device), labels=labels, pixels=self.pixels.to(device), latents=latents)
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,8 @@ class TextToImageCollate:
             images.append(() if dropped in ("image", "both") else sources)
         prefix = self.builder.draw(prompts, images)
         scenes = tuple(record.scene if isinstance(record, TextToImage) else None for record in records)
-        known = [record.latent for record in records if record.latent is not None]
-        if known and len(known) < len(records):
-            raise ValueError("data.sources: some have latents and some have none; give latents to all or to none")
-        latents = torch.from_numpy(np.stack(known)) if known else None
-        pixels = None if known else _pixels(records, self.image_size)
+        latents = _latents(records)
+        pixels = None if latents is not None else _pixels(records, self.image_size)
         return T2IBatch(torch.tensor(indices), prefix, pixels, scenes, latents)
 
 
@@ -142,7 +141,7 @@ class LabelledCollate:
         if self.flip:
             mirrored = torch.tensor([uniform(self.seed, "flip", index) < 0.5 for index in indices])
             pixels[mirrored] = pixels[mirrored].flip(-1)
-        return LabelledBatch(torch.tensor(indices), labels, pixels)
+        return LabelledBatch(torch.tensor(indices), labels, pixels, _latents(records))
 
 
 def shorten(text: str, builder: PrefixBuilder) -> str:
@@ -162,6 +161,13 @@ def _conditions(record: TextToImage | Edit) -> tuple[str, tuple[Image.Image, ...
     if isinstance(record, Edit):
         return record.instruction, record.sources
     return record.caption, ()
+
+
+def _latents(records: Sequence[TextToImage | Edit | Labelled]) -> torch.Tensor | None:
+    known = [record.latent for record in records if record.latent is not None]
+    if known and len(known) < len(records):
+        raise ValueError("data.sources: some have latents and some have none; give latents to all or to none")
+    return torch.from_numpy(np.stack(known)) if known else None  # [B, c, h, w]
 
 
 def _pixels(records: Sequence[TextToImage | Edit | Labelled], size: int) -> torch.Tensor:

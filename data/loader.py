@@ -65,9 +65,9 @@ def open_source(config: World | Shards, task: Task, image_size: int) -> Source:
     """The random-access source that `config` names; the world is rendered at `image_size` pixels a side."""
     if isinstance(config, World):
         return WorldSource(config.seed, config.split, task, image_size)
-    if config.latents is not None and task not in DRAWN:
+    if config.latents is not None and task not in (*DRAWN, "labelled"):
         raise ValueError(f"data.sources latents stand for pictures to draw, and data.task {task} draws none; leave them out")
-    return ShardSource(config.urls, config.latents, keep_pictures=task == "i2i")
+    return ShardSource(config.urls, config.latents, keep_pictures=task in ("i2i", "labelled"))
 
 
 class Positions(Dataset[T]):

@@ -72,6 +72,7 @@ class Labelled:
     key: str
     image: Image.Image
     label: int | dict[str, Any]
+    latent: np.ndarray | None = None  # float16 [c, h, w], of unit variance
 
 
 Record = TextToImage | Conversation | Edit | Labelled
@@ -85,7 +86,7 @@ def to_record(task: Task, raw: dict[str, Any]) -> Record:
     if task == "chat":
         return Conversation(key, _turns(raw))
     if task == "labelled":
-        return Labelled(key, _image(raw), label_of(raw["json"]))
+        return Labelled(key, _image(raw), label_of(raw["json"]), raw.get("latent"))
     sources = tuple(raw.get("sources", ()))
     if task == "i2i" and not sources:
         sources = (_image(raw),)  # reconstruction: the picture is its own source

@@ -11,12 +11,15 @@ import torch
 from data import precompute
 from data.latents import latent_fingerprint
 from data.loader import Data, open_source
-from data.pack import write_shards
+from data.pack import Item, write_shards
 from data.shards import Shards, ShardSource
+from data.told import ClassesTold
 from data.transforms import resize_and_crop, to_tensor
 from model.vae import VAEConfig, load_vae
 from tests import tiny
+from tests.test_repae import FP32
 from tests.test_shards import items, png, write_tar
+from tests.tiny_repae import build, repae_run
 from train import run
 from train.config import Run
 from train.metaquery import MetaQueryTask, MetaQueryTaskConfig
@@ -55,6 +58,28 @@ def built(config: Run) -> MetaQueryTask:
     torch.manual_seed(0)
     assert isinstance(config.task, MetaQueryTaskConfig)
     return config.task.build(config, start(60))
+
+
+def test_a_second_stage_reads_latents_in_place_of_its_frozen_vae(parts, tmp_path):
+    """REPA on latents made once: the VAE is not asked, and what the SiT sees is the mean of what it would have said."""
+    pictures = [Item("a", png((seed, 20 * seed, 99), (16, 16)), described={"label": seed % 2}) for seed in range(8)]
+    write_shards(pictures, lambda item: item, tmp_path / "set", shard_size=4)
+    assert command(parts, tmp_path / "set", tmp_path / "latents") == 0
+    run = repae_run(parts, FP32, train_vae=False, told=ClassesTold(classes=2))
+    source = Shards(f"{tmp_path}/set/*.tar", latents=str(tmp_path / "latents"))
+    run = replace(run, data=Data(sources=(source,), task="labelled", image_size=16))
+    task = build(run, start(60))
+    task.coder.register_forward_hook(lambda *_: pytest.fail("the VAE was asked"))
+    seen = []
+    task.sit.register_forward_pre_hook(lambda module, given: seen.append(given[1]))
+    batch = next(task.batches(0))
+    task.step(batch)
+    vae = load_vae(VAEConfig(str(parts / "vae"))).autoencoder
+    with torch.no_grad():
+        expected = vae.encode(batch.pixels).latent_dist.mode()
+    torch.testing.assert_close(seen[0], expected, rtol=2e-3, atol=2e-3)  # float16
+    with pytest.raises(ValueError, match="latents are those of a VAE that stays"):
+        build(replace(run, task=replace(run.task, train_vae=True)), start(60))
 
 
 def test_latents_are_those_that_training_would_encode(parts, shards, tmp_path):

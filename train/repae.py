@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import LabelledBatch, LabelledCollate
+from data.latents import check_latents
 from data.loader import Loader
+from data.shards import Shards
 from data.told import ScenesTold, Told
 from model.alignment import ProjectorConfig, alignment, build_projector
 from model.assets import fingerprint, tensors_of
@@ -135,6 +137,13 @@ class RepaeTaskConfig:
         distance = None
         if self.train_vae and self.perceptual is not None and self.losses.perceptual:
             distance = load_perceptual(self.perceptual).to(ranks.device)
+        for source in run.data.sources:
+            if isinstance(source, Shards) and source.latents is not None:
+                if self.train_vae or self.flip:
+                    raise ValueError(
+                        "data.sources latents are those of a VAE that stays, and of pictures as they are; leave them out"
+                    )
+                check_latents(Path(source.latents), vae, run.data.image_size)
         loader = loader_for(LabelledCollate(run.data.image_size, self.flip, run.seed), run, ranks)
         return RepaeTask(self, engines, coder, vae.to(ranks.device), targets, distance, loader, run, ranks)
 
@@ -238,7 +247,7 @@ class RepaeTask(LoaderTask):
         else:
             for name in self.engines.keys() & {"vae", "discriminator"}:
                 self.engines[name].last = None  # what their last step did is no news any more
-            latents = self._encode(pixels, posterior)
+            latents = self._known(batch) if batch.latents is not None else self._encode(pixels, posterior)
         if given is not None:
             measured |= self._step_sit(latents, given, seen)
         return measured
@@ -281,6 +290,12 @@ class RepaeTask(LoaderTask):
         if self.sit is None or (until and self.steps >= until):
             return []
         return [target(pixels, self.sit.grid) for target in self.targets]
+
+    def _known(self, batch: LabelledBatch) -> Tensor:
+        """Raw latents of unit-variance ones that were made once (data/precompute.py): the posterior's mean."""
+        assert batch.latents is not None
+        mean, std = (torch.tensor(part).view(1, -1, 1, 1) for part in self.vae.statistics)
+        return (batch.latents.float() * std + mean).to(self.ranks.device)
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor, posterior: Tensor) -> Tensor:
