@@ -79,18 +79,19 @@ def decoder(args: Decoder) -> None:
     from data.loader import World as Scenes
     from data.told import ScenesTold
     from model.targets import TargetConfig, load_target
-    from sample.decoder_scores import load_decoder, score
+    from sample.decoder_scores import score
+    from sample.labelled import load_decoder
     from sample.measures import show, write_json
+    from sample.pipeline import default_device
 
-    scored = load_decoder(args.release)
+    scored = load_decoder(args.release).to(default_device())
     if not scored.labels.config.places:
         raise ValueError(f"--release {args.release} was told class numbers; only decoders told scenes can be scored")
-    size = scored.sit.config.latent_size * scored.vae.factor
     measures = score(
         scored,
-        load_target(TargetConfig(args.features, dtype="float32")),
+        load_target(TargetConfig(args.features, dtype="float32")).to(default_device()),
         ScenesTold(),
-        Data(sources=(Scenes(split="val"),), task="labelled", image_size=size),
+        Data(sources=(Scenes(split="val"),), task="labelled", image_size=scored.image_size),
         args.images,
         args.seed,
         args.batch_size,

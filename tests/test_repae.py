@@ -17,7 +17,8 @@ from model.decoder import SiTDecoderConfig
 from model.discriminator import Discriminator, DiscriminatorConfig
 from model.sit import SiT
 from model.vae import VAEConfig
-from sample.decoder_scores import load_decoder, score
+from sample.decoder_scores import score
+from sample.labelled import load_decoder
 from tests import tiny
 from tests.tiny_repae import BATCH, CLIP_NORM, LOSSES, STEPS, advance, build, in_plain_torch, repae_run, weights
 from tests.two_ranks import REPAE, results
@@ -174,7 +175,7 @@ def test_the_release_is_a_decoder_and_scores_as_one(folder, tmp_path):
     assert (vae.config["latents_mean"], vae.config["latents_std"]) == (pytest.approx(mean), pytest.approx(std))
     decoder = load_decoder(tmp_path / "release")
     told = ScenesTold().whole(next(task.batches(0)), 0)
-    drawn = decoder.draw(told, torch.randn(BATCH, *decoder.latent_shape()), steps=2)
+    drawn = decoder.draw(told, range(BATCH), steps=2)
     assert drawn.shape == (BATCH, 3, 16, 16)
     data = replace(run.data, sources=(World(split="val"),))
     measures = score(decoder, task.targets[0], ScenesTold(), data, n=6, seed=0, batch_size=4, steps=2)
@@ -184,7 +185,7 @@ def test_the_release_is_a_decoder_and_scores_as_one(folder, tmp_path):
         vae=VAEConfig(str(tmp_path / "release" / "vae")),
         decoder=SiTDecoderConfig(path=str(tmp_path / "release" / "sit")),
     )
-    assert metaquery.build(bridge).latent_shape == decoder.latent_shape()
+    assert metaquery.build(bridge).latent_shape == decoder.latent_shape
 
 
 def test_classes_condition_and_flips_are_addressed(folder):

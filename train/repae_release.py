@@ -14,8 +14,8 @@ from model.decoder import save_sit
 from model.files import dump_config, publish, write_json, write_whole
 from model.labels import LABELS_FILE
 from model.noise import noise
-from sample.decoder_scores import NOISE_FILE
 from sample.grid import Cell, Row, table
+from sample.labelled import NOISE_FILE
 from sample.solver import solve
 
 if TYPE_CHECKING:

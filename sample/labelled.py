@@ -1,0 +1,89 @@
+"""The release of a decoder that was trained on labels -> pictures, without any language model.
+
+A release of `train.repae`: vae/, sit/ and noise.json. Letters: B pictures of a batch, L label tokens, K words a token, c h w
+latent channels, height, width."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.decoder import load_sit
+from model.files import parse_config, read_json
+from model.labels import UNKNOWN, Labels, load_labels
+from model.noise import FlowConfig, Noising, build_noising, noise
+from model.sit import SiT
+from model.vae import LatentVAE, VAEConfig, load_vae
+from sample.guidance import Branch, guided
+from sample.settings import Guidance, SolverName
+from sample.solver import solve
+
+NOISE_FILE = "noise.json"
+START = 1  # the stream of addressed noise in which a picture's seed names where it starts
+Told = tuple[Tensor, Tensor]
+"""Words [B, L, K] and places [B, L, 3]."""
+
+
+@dataclass(frozen=True)
+class LabelledDecoder:
+    """What draws from labels."""
+
+    sit: SiT
+    vae: LatentVAE
+    labels: Labels
+    noising: Noising
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w)."""
+        config = self.sit.config
+        return config.latent_channels, config.latent_size, config.latent_size
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along a side of what it draws."""
+        return self.sit.config.latent_size * self.vae.factor
+
+    @property
+    def classes(self) -> int:
+        """How many classes it was told apart; ValueError for one that was told scenes."""
+        if self.labels.config.places:
+            raise ValueError("this decoder was told scenes, not classes; its pictures are for sample.evaluate decoder")
+        return self.labels.config.vocabulary - 1
+
+    def to(self, device: torch.device | str) -> "LabelledDecoder":
+        """Move in place; returns itself."""
+        for part in (self.sit, self.vae, self.labels):
+            part.to(device)
+        return self
+
+    @torch.no_grad()
+    def draw(
+        self, told: Told, seeds: Sequence[int], steps: int, solver: SolverName = "dpm++", guidance: Guidance = Guidance(1.0)
+    ) -> Tensor:
+        """One picture for each row of labels and its seed: pixels [B, 3, H, W] in [-1, 1]. Guidance steers away from labels
+        that say nothing."""
+        device = told[0].device
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def fresh() -> Tensor:
+            return torch.stack([torch.randn(self.latent_shape, generator=each) for each in generators]).to(device)
+
+        start = noise(torch.tensor(seeds), START, self.latent_shape).to(device)
+
+        silence = torch.full_like(told[0], UNKNOWN), told[1]
+        branches = [Branch(1 - guidance.text, self.labels(*silence)), Branch(guidance.text, self.labels(*told))]
+        predict = guided(lambda x, t, condition: self.sit(x, t, condition).prediction, branches, guidance)
+        return self.vae.decode(solve(predict, start, steps, self.noising, solver, fresh))
+
+
+def load_decoder(release: Path) -> LabelledDecoder:
+    """The decoder of a release, on CPU. Raises ValueError when a part is missing."""
+    file = release / NOISE_FILE
+    if not file.is_file():
+        raise ValueError(f"{release} has no {NOISE_FILE}; name the release of a run of configs/repae.py")
+    noising = build_noising(parse_config(FlowConfig, read_json(file), file))
+    sit = load_sit(str(release / "sit")).eval().requires_grad_(False)
+    return LabelledDecoder(sit, load_vae(VAEConfig(str(release / "vae"))), load_labels(release / "sit"), noising)
