@@ -29,6 +29,8 @@ setup(
         "test": ["pytest>=9", "hypothesis>=6", "ruff==0.17.*", "pyright>=1.1.400", "num2words>=0.5.14", "peft>=0.18"],
         "lora": ["peft>=0.18"],
         "smolvlm": ["num2words>=0.5.14"],
+        "fidelity": ["torch-fidelity>=0.4", "torchvision"],
+        "plots": ["matplotlib>=3.9"],
         "tensorboard": ["tensorboard>=2.20"],
         "wandb": ["wandb>=0.23"],
     },

@@ -61,10 +61,66 @@ class Decoder:
     """Where to write the measures."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Score a folder of drawn pictures against a folder of real ones."""
+
+    real: Path
+    """The folder of real pictures."""
+    drawn: Path
+    """The folder of drawn ones."""
+    features: str = "assets/world/mllm"
+    """Whose features tell how far they lie apart: a local distance, comparable with itself alone."""
+    inception: Path | None = None
+    """Weights of Inception, for FID, IS and KID by torch-fidelity as well: weights-inception-2015-12-05-6726825d.pth."""
+    size: int = 64
+    """Pixels a side to which pictures are scaled for the local features."""
+    batch_size: int = 50
+    """Pictures at once."""
+    json: Path | None = None
+    """Where to write the measures; NAME.protocol.json beside it tells what was compared how."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the evaluation that the command line names."""
-    args = tyro.extras.subcommand_cli_from_dict({"world": World, "decoder": Decoder}, args=argv)
-    decoder(args) if isinstance(args, Decoder) else world(args)
+    args = tyro.extras.subcommand_cli_from_dict({"world": World, "decoder": Decoder, "images": Images}, args=argv)
+    if isinstance(args, World):
+        world(args)
+    elif isinstance(args, Decoder):
+        decoder(args)
+    else:
+        images(args)
+
+
+def images(args: Images) -> None:
+    """Compares, prints the measures, and writes them where told.
+
+    Raises:
+        ValueError: a number is out of range, a folder holds no pictures, or a network cannot be loaded.
+    """
+    if min(args.size, args.batch_size) < 1:
+        raise ValueError("give --size and --batch-size of at least 1")
+    from model.assets import fingerprint, tensors_of
+    from model.files import write_json as write
+    from model.targets import TargetConfig, load_target
+    from sample.image_scores import by_inception, features, local, pictures_in
+    from sample.measures import show, write_json
+    from sample.pipeline import default_device
+
+    files = {"real": pictures_in(args.real), "drawn": pictures_in(args.drawn)}
+    target = load_target(TargetConfig(args.features, dtype="float32")).to(default_device())
+    real, drawn = (
+        features(each, target, args.size, args.batch_size, default_device(), _watch(name)) for name, each in files.items()
+    )
+    measures = local(real, drawn)
+    if args.inception is not None:
+        measures |= by_inception(args.real, args.drawn, args.inception, args.batch_size)
+    show(f"{args.drawn} against {args.real}", measures)
+    if args.json is not None:
+        write_json(args.json, measures)
+        protocol = {name: {"folder": str(getattr(args, name)), "pictures": len(each)} for name, each in files.items()}
+        network = {"path": args.features, "sha256": fingerprint(tensors_of(target.encoder)), "pixels": args.size}
+        write(args.json.with_suffix(".protocol.json"), protocol | {"features": network, "inception": str(args.inception)})
 
 
 def decoder(args: Decoder) -> None:

@@ -15,6 +15,31 @@ def frechet(first: Tensor, second: Tensor) -> float:
     return max(0.0, float(distance))
 
 
+def kernel_distance(first: Tensor, second: Tensor, subsets: int = 100, size: int = 1000) -> tuple[float, float]:
+    """KID (Binkowski et al. 2018): the unbiased squared MMD of features [B, E] under (x.y / E + 1)^3, mean and deviation
+    over random subsets; the same subsets each time."""
+    size = min(size, len(first), len(second))
+    if size < 2:
+        raise ValueError("a distance of features needs at least two pictures on each side")
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(subsets):
+        x, y = (part[torch.randperm(len(part), generator=generator)[:size]].double() for part in (first, second))
+        xx, yy, xy = (((a @ b.T) / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
+        found.append(within - 2 * xy.mean())
+    values = torch.stack(found)
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def precision_recall(real: Tensor, drawn: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """The share of drawn features [B, E] that lie where real ones are, and the other way round: within the distance of a
+    point to its nth neighbour (Kynkaanniemi et al. 2019)."""
+    if min(len(real), len(drawn)) <= neighbours:
+        raise ValueError(f"precision and recall need more than {neighbours} pictures on each side")
+    return _covered(drawn, real, neighbours), _covered(real, drawn, neighbours)
+
+
 def psnr(rebuilt: Tensor, pictures: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of pictures [B, 3, H, W] in [-1, 1], in decibels: [B]."""
     error = ((rebuilt.clamp(-1, 1) - pictures) / 2).square().flatten(1).mean(1)
@@ -24,6 +49,14 @@ def psnr(rebuilt: Tensor, pictures: Tensor) -> Tensor:
 def spatial_variance(latents: Tensor) -> Tensor:
     """Of latents [B, c, h, w]: the variance over places, in the mean over channels: [B]. Trivial latents have little."""
     return latents.float().flatten(2).var(2).mean(1)
+
+
+def _covered(points: Tensor, known: Tensor, neighbours: int) -> float:
+    """The share of points that lie within the reach of at least one known one."""
+    known = known.float()
+    reach = torch.cdist(known, known).kthvalue(neighbours + 1, dim=1).values  # [B]: each is its own nearest
+    inside = [(torch.cdist(part.float(), known) <= reach).any(1) for part in points.split(1000)]
+    return float(torch.cat(inside).float().mean())
 
 
 def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.world.captions import holds
 from data.world.questions import Question
@@ -14,7 +14,7 @@ from sample.measures import read_json
 from sample.world_answers import Exam, answers, best_guess, exams, understanding, wording
 from sample.world_drawing import drawing, judge
 from sample.world_suite import ASKED_OF, CATEGORIES, chance, suite
-from tests import releases
+from tests import releases, tiny
 
 
 @pytest.mark.parametrize("split", ASKED_OF)
@@ -180,3 +180,45 @@ def test_mistakes_exit_with_two_and_write_nothing(release, tmp_path, capsys):
         assert not out.exists()
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(["world", "--release", str(release), "--split", "test"])
+
+
+def folder_of(path, seeds, size=(64, 64)):
+    path.mkdir()
+    for seed in seeds:
+        tiny.image(size, seed).save(path / f"{seed}.png")
+    return path
+
+
+def test_folders_of_pictures_are_compared(tmp_path):
+    """A folder lies nearer to its like than to pictures of inverted colours; what was compared how is written."""
+    real, like = folder_of(tmp_path / "real", range(20)), folder_of(tmp_path / "like", range(20, 40))
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in like.iterdir():
+        ImageOps.invert(Image.open(path)).save(other / path.name)
+    found = {}
+    for drawn in (real, like, other):
+        evaluate.main(["images", "--real", str(real), "--drawn", str(drawn), "--json", str(tmp_path / "scores.json")])
+        found[drawn.name] = read_json(tmp_path / "scores.json")
+    assert found["real"]["images.local_frechet"].value == pytest.approx(0, abs=1e-2)
+    assert found["real"]["images.local_precision"].value == 1
+    assert found["like"]["images.local_frechet"].value < found["other"]["images.local_frechet"].value
+    protocol = json.loads((tmp_path / "scores.protocol.json").read_text())
+    assert protocol["drawn"] == {"folder": str(other), "pictures": 20}
+    assert len(protocol["features"]["sha256"]) == 64
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
+    real = folder_of(tmp_path / "real", range(5))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    broken = folder_of(tmp_path / "broken", range(5))
+    (broken / "9.png").write_bytes(b"no picture")
+    asked = ["images", "--real", str(real), "--drawn"]
+    for argv, message in [
+        ([*asked, str(empty)], "holds no pictures"),
+        ([*asked, str(broken)], "9.png: an image cannot be decoded; remove it"),
+        ([*asked, str(real), "--inception", str(tmp_path / "none.pth")], "is no file; give weights-inception"),
+    ]:
+        assert run(evaluate.main, argv) == 2
+        assert message in capsys.readouterr().err

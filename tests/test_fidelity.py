@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sample.fidelity import frechet, psnr, spatial_variance
+from sample.fidelity import frechet, kernel_distance, precision_recall, psnr, spatial_variance
 
 
 def test_the_distance_of_two_gaussians_is_known():
@@ -23,6 +23,31 @@ def test_the_distance_of_two_gaussians_is_known():
 def test_a_broken_model_has_no_distance():
     with pytest.raises(ValueError, match="not finite"):
         frechet(torch.full((4, 2), float("nan")), torch.randn(4, 2))
+
+
+def test_the_kernel_distance_is_unbiased():
+    """Around zero for two samples of one gaussian, and by hand for two points each."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3000, 4, generator=generator).unbind(0)
+    mean, deviation = kernel_distance(a, b, size=500)
+    assert abs(mean) < 3 * deviation
+    assert kernel_distance(a, b + 1)[0] > 1
+    x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [3.0]])
+    within = ((1 * 2 + 1) ** 3 * 2 + (0 * 3 + 1) ** 3 * 2) / 2
+    between = sum((p * q + 1) ** 3 for p in (1, 2) for q in (0, 3)) / 4
+    assert kernel_distance(x, y, subsets=3) == pytest.approx((within - 2 * between, 0), abs=1e-9)
+
+
+def test_precision_falls_with_strangers_and_recall_with_what_is_missing():
+    generator = torch.Generator().manual_seed(0)
+    here, there = torch.randn(500, 4, generator=generator), torch.randn(500, 4, generator=generator) + 50
+    assert precision_recall(here, here) == (1, 1)
+    precision, recall = precision_recall(here, torch.cat([here[:250], there[:250]]))
+    assert precision == pytest.approx(0.5, abs=0.02)
+    assert recall > 0.9
+    precision, recall = precision_recall(torch.cat([here, there]), here)
+    assert precision == 1
+    assert recall == pytest.approx(0.5, abs=0.02)
 
 
 def test_psnr_of_a_known_error():

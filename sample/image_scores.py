@@ -1,0 +1,92 @@
+"""Two folders of pictures -> how far the drawn ones lie from the real ones.
+
+By the features of any target encoder, which makes a local distance that is comparable with itself alone; or by Inception,
+through torch-fidelity and a file of its weights, which makes the FID, IS and KID of the literature. Letters: B pictures of a
+batch, E width of features, H W pixels."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.transforms import FORMATS, decode_image, resize_and_crop, to_tensor
+from model.targets import Target
+from sample.decoder_scores import FEATURE_GRID
+from sample.fidelity import frechet, kernel_distance, precision_recall
+from sample.measures import Measure
+
+Watch = Callable[[Iterable], Iterable]
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files below a folder, by name. Raises ValueError when there are none."""
+    endings = {f".{name.lower()}" for name in FORMATS} | {".jpg", ".tif"}
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)
+    if not found:
+        raise ValueError(f"{folder} holds no pictures; name a folder of {', '.join(sorted(endings))} files")
+    return found
+
+
+@torch.no_grad()
+def features(files: list[Path], target: Target, size: int, batch_size: int, device: torch.device, watch: Watch) -> Tensor:
+    """[B, E]: of each picture the mean over places, its central square scaled to `size` pixels."""
+    starts = watch(range(0, len(files), batch_size))
+    batches = (_pixels(files[start : start + batch_size], size) for start in starts)
+    return torch.cat([target(pixels.to(device), FEATURE_GRID).mean(1).cpu() for pixels in batches])
+
+
+def local(real: Tensor, drawn: Tensor) -> dict[str, Measure]:
+    """Distances by features [B, E]; named local, for they are not those of Inception."""
+    kid, deviation = kernel_distance(drawn, real)
+    precision, recall = precision_recall(real, drawn)
+    return {
+        "images.local_frechet": Measure(frechet(drawn, real), n=len(drawn)),
+        "images.local_kernel": Measure(kid, kid - 1.96 * deviation, kid + 1.96 * deviation, len(drawn)),
+        "images.local_precision": Measure(precision, n=len(drawn), unit="share"),
+        "images.local_recall": Measure(recall, n=len(real), unit="share"),
+    }
+
+
+def by_inception(real: Path, drawn: Path, weights: Path, batch_size: int) -> dict[str, Measure]:
+    """FID, IS, KID, precision and recall as torch-fidelity computes them. Raises ValueError where it cannot be imported or
+    the weights are missing."""
+    if not weights.is_file():
+        raise ValueError(
+            f"--inception {weights} is no file; give torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+        )
+    try:
+        from torch_fidelity import calculate_metrics  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(f"--inception needs torch-fidelity and torchvision ({error}); pip install '.[fidelity]'") from error
+    wanted = dict.fromkeys(("fid", "isc", "kid", "prc"), True)
+    options: dict[str, Any] = {"feature_extractor_weights_path": str(weights), "batch_size": batch_size}
+    found = calculate_metrics(
+        input1=str(drawn),
+        input2=str(real),
+        cuda=torch.cuda.is_available(),
+        samples_find_deep=True,
+        kid_subset_size=min(1000, len(pictures_in(drawn)), len(pictures_in(real))),
+        **wanted,
+        **options,
+    )
+    names = {
+        "images.fid": "frechet_inception_distance",
+        "images.inception_score": "inception_score_mean",
+        "images.kid": "kernel_inception_distance_mean",
+        "images.precision": "precision",
+        "images.recall": "recall",
+    }
+    return {name: Measure(float(found[key]), n=len(pictures_in(drawn))) for name, key in names.items()}
+
+
+def _pixels(files: list[Path], size: int) -> Tensor:
+    """[B, 3, H, W]. Raises ValueError for a file that is no picture."""
+    pixels = []
+    for path in files:
+        try:
+            pixels.append(to_tensor(resize_and_crop(decode_image(path.read_bytes()), size)))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; remove it") from error
+    return torch.stack(pixels)
