@@ -26,7 +26,15 @@ setup(
         "rich>=14",
     ],
     extras_require={
-        "test": ["pytest>=9", "hypothesis>=6", "ruff==0.17.*", "pyright>=1.1.400", "num2words>=0.5.14", "peft>=0.18"],
+        "test": [
+            "pytest>=9",
+            "hypothesis>=6",
+            "ruff==0.17.*",
+            "pyright>=1.1.400",
+            "num2words>=0.5.14",
+            "peft>=0.18",
+            "matplotlib>=3.9",
+        ],
         "lora": ["peft>=0.18"],
         "smolvlm": ["num2words>=0.5.14"],
         "fidelity": ["torch-fidelity>=0.4", "torchvision"],

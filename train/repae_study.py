@@ -1,6 +1,6 @@
 """What joint training is worth: the runs of configs/repae.py over the same pictures, with several seeds, side by side.
 
-    python -m train.repae_study --json docs/measures/repae
+    python -m train.repae_study --json docs/measures/repae --plot docs/pictures/repae.png
 
 vanilla, repa, joint (REPA-E), joint_ldm (a fresh SiT on the VAE that joint tuned) and naive (the control) take equally many
 steps. Each figure is the mean over seeds with Student's 95 % interval. It goes on where it was stopped.
@@ -19,6 +19,7 @@ import tyro
 
 from sample.cli import run
 from sample.measures import Measure, read_json, write_json
+from train.repae_plot import plot
 
 ARMS = {
     "vanilla": "repae.world_vanilla",
@@ -44,6 +45,8 @@ class Args:
     """Optimizer steps of each run."""
     images: int = 300
     """Held-out pictures that each run is scored on."""
+    plot: Path | None = None
+    """Where to draw the losses and the scores; needs matplotlib."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         write_json(args.json / f"{arm}.json", over_seeds([read_json(file) for file in files]))
         for seed, file in zip(args.seeds, files, strict=True):
             shutil.copyfile(file.parent / "metrics.jsonl", args.json / f"{arm}-{seed}.metrics.jsonl")
+    if args.plot is not None:
+        plot(args.json, list(ARMS), args.plot)
 
 
 def scores(arm: str, seed: int, args: Args) -> Path:
