@@ -3,7 +3,8 @@
     python -m sample.report docs/results.md "What the shipped release draws" scores.json
 
 The page is written anew from its JSON files; each section names the command that made its file and the machine that ran it,
-when NAME.command.txt and NAME.machine.txt lie beside it. A folder of files becomes one table, a line for each.
+when NAME.command.txt and NAME.machine.txt lie beside it; NAME.picture.txt names a picture to show. A folder of files becomes
+one table, a line for each.
 """
 
 import sys
@@ -72,10 +73,11 @@ def comparison(folder: Path) -> str:
 
 
 def _command(path: Path) -> str:
-    """The command that made a file, and the machine that it ran on, where they are noted beside it."""
-    note, machine = path.with_suffix(".command.txt"), path.with_suffix(".machine.txt")
-    text = f"`{note.read_text().strip()}`\n\n" if note.is_file() else ""
-    return text + (f"{machine.read_text().strip()}\n\n" if machine.is_file() else "")
+    """The command that made a file, the machine that it ran on, and its picture's place beside the page, where they are
+    noted beside it."""
+    written = {"command": "`{}`", "machine": "{}", "picture": f"![{path.stem}]({{}})"}
+    notes = ((form, path.with_suffix(f".{kind}.txt")) for kind, form in written.items())
+    return "".join(f"{form.format(note.read_text().strip())}\n\n" for form, note in notes if note.is_file())
 
 
 def _cell(measures: dict[str, Measure], name: str) -> str:
