@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,11 @@ import tyro
 
 from sample.cli import run
 from sample.measures import Measure, read_json, write_json
+from train.child import child
 from train.run import names, read
 from train.tell import TellTaskConfig
 
+AGAIN = "run the ablation again to go on from there"
 LAST = 10  # log records at the end of a run whose mean loss is its figure
 
 
@@ -56,9 +57,9 @@ def main(argv: list[str] | None = None) -> None:
             continue
         folder = args.out / variant
         steps = [] if args.steps is None else ["--schedule.steps", str(args.steps)]
-        _do("train.run", f"ablation.{variant}", "--out", str(folder), *steps)
+        child("train.run", f"ablation.{variant}", "--out", str(folder), *steps, remedy=AGAIN)
         drawn = folder / "scores.json"
-        _do(
+        child(
             "sample.evaluate",
             "world",
             "--release",
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             "0",
             "--json",
             f"{drawn}",
+            remedy=AGAIN,
         )
         shutil.copyfile(folder / "metrics.jsonl", args.json / f"{variant}.metrics.jsonl")
         write_json(scores, training(folder) | read_json(drawn))
@@ -88,12 +90,6 @@ def training(folder: Path) -> dict[str, Measure]:
         **({"training.shapes_known": Measure(fmean(knew), n=len(knew), unit="share")} if knew else {}),
         "training.samples": Measure(logged[-1]["samples"]),
     }
-
-
-def _do(*command: str) -> None:
-    print("python -m", *command, flush=True)
-    if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
-        raise ValueError(f"python -m {command[0]} {command[1]} did not finish; run the ablation again to go on from there")
 
 
 if __name__ == "__main__":

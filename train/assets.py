@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +20,7 @@ from statistics import fmean
 from model.assets import ROOT
 from model.files import publish, read_json, write_whole
 from sample.cli import run
+from train.child import child
 
 WAY = 6  # stretches of a run whose mean losses its line shows
 ASSETS, RUNS = ROOT / "assets" / "world", ROOT / "runs" / "assets"
@@ -69,10 +69,9 @@ def main(argv: list[str] | None = None) -> None:
 def make(stage: Stage) -> None:
     """Runs one stage to its end and puts its release in place."""
     folder = RUNS / stage.name
-    command = [sys.executable, "-m", "train.run", stage.run, "--out", str(folder.relative_to(ROOT)), *stage.options]
-    print(f"{stage.name}: {' '.join(command[1:])}", flush=True)
-    if subprocess.run(command, cwd=ROOT, check=False).returncode:
-        raise ValueError(f"stage {stage.name} did not finish; see {folder}/metrics.jsonl, then run the same command again")
+    print(f"{stage.name}:", end=" ")
+    remedy = f"see {folder}/metrics.jsonl, then run the same command again"
+    child("train.run", stage.run, "--out", str(folder.relative_to(ROOT)), *stage.options, remedy=remedy, cwd=ROOT)
     keep(stage)
 
 

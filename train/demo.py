@@ -7,7 +7,6 @@ Everything it writes lies in demo/: the run with its checkpoints and release, be
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.console import Console
 
 from model.files import write_whole
 from sample.cli import run
+from train.child import child
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _train(name: str, out: Path, steps: int, *options: str) -> None:
-    command = [sys.executable, "-m", "train.run", name, "--out", str(out), "--schedule.steps", str(steps), *options]
-    if subprocess.run(command, check=False).returncode:
-        raise ValueError(f"the training did not finish; see {out}/metrics.jsonl, then run the demo again")
+    remedy = f"see {out}/metrics.jsonl, then run the demo again"
+    child("train.run", name, "--out", str(out), "--schedule.steps", str(steps), *options, remedy=remedy)
 
 
 def show(args: Args, console: Console) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import tyro
 
 from sample.cli import run
 from sample.measures import Measure, read_json, write_json
+from train.child import child
 from train.repae_plot import plot
 
 ARMS = {
@@ -28,6 +28,7 @@ ARMS = {
     "joint_ldm": "repae.world_ldm",
     "naive": "repae.world_naive",
 }
+AGAIN = "run the study again to go on from there"
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantiles of t by the number of seeds
 
 
@@ -82,9 +83,9 @@ def train(arm: str, seed: int, args: Args) -> None:
     steps = ["--schedule.steps", f"{args.steps}", "--schedule.preview-every", f"{args.steps}"]
     steps += ["--task.perceptual.target.dtype", "float32"]  # as the figures in docs/ were made
     tuned = ["--task.vae.path", str(scores("joint", seed, args).parent / "release" / "vae")] if arm == "joint_ldm" else []
-    _do("train.run", ARMS[arm], "--out", str(folder), "--seed", f"{seed}", *steps, *tuned)
+    child("train.run", ARMS[arm], "--out", str(folder), "--seed", f"{seed}", *steps, *tuned, remedy=AGAIN)
     scored = ["--release", f"{folder}/release", "--images", f"{args.images}", "--steps", "12"]
-    _do("sample.evaluate", "decoder", *scored, "--json", f"{file}")
+    child("sample.evaluate", "decoder", *scored, "--json", f"{file}", remedy=AGAIN)
 
 
 def over_seeds(runs: list[dict[str, Measure]]) -> dict[str, Measure]:
@@ -96,12 +97,6 @@ def over_seeds(runs: list[dict[str, Measure]]) -> dict[str, Measure]:
         off = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
         found[name] = Measure(centre, centre - off, centre + off, len(values), first.unit)
     return found
-
-
-def _do(*command: str) -> None:
-    print("python -m", *command, flush=True)
-    if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
-        raise ValueError(f"python -m {command[0]} {command[1]} did not finish; run the study again to go on from there")
 
 
 if __name__ == "__main__":
