@@ -81,7 +81,11 @@ def _command(path: Path) -> str:
 
 
 def _cell(measures: dict[str, Measure], name: str) -> str:
-    return value_of(measures[name]) if name in measures else ""
+    """The value and, where one is known, its interval."""
+    if name not in measures:
+        return ""
+    interval = interval_of(measures[name])
+    return value_of(measures[name]) + (f" ({interval})" if interval else "")
 
 
 if __name__ == "__main__":

@@ -218,7 +218,10 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     for argv, message in [
         ([*asked, str(empty)], "holds no pictures"),
         ([*asked, str(broken)], "9.png: an image cannot be decoded; remove it"),
-        ([*asked, str(real), "--inception", str(tmp_path / "none.pth")], "is no file; give weights-inception"),
+        (
+            [*asked, str(real), "--inception", str(tmp_path / "none.pth")],
+            "is no file; give torch-fidelity's weights",
+        ),
     ]:
         assert run(evaluate.main, argv) == 2
         assert message in capsys.readouterr().err

@@ -38,7 +38,7 @@ def test_a_folder_becomes_a_line_for_each_file_without_controls(tmp_path):
         write_json(folder / f"{name}.json", measures | ({"training.loss": Measure(0.2)} if right > 2 else {}))
     main([str(tmp_path / "page.md"), "Results", str(folder)])
     page = (tmp_path / "page.md").read_text()
-    assert "| queries_1 | 10.0 % |  |\n| queries_4 | 75.0 % | 0.2 |\n" in page
+    assert "| queries_1 | 10.0 % (2.8 to 30.1 %) |  |\n| queries_4 | 75.0 % (53.1 to 88.8 %) | 0.2 |\n" in page
     assert "chance" not in page
 
 

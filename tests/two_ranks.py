@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +84,17 @@ def case(ranks: Ranks, out: Path, zero: Stage, precision: Precision) -> dict[str
     checkpoint.load(path, resumed.engines, ranks)
     advance(resumed, SAVED_AT, STEPS)
 
+    offload = replace(config, offload_optimizer=zero > 0)
+    offloaded = Toy(ranks, offload, accumulation=2)
+    offloaded_steps = advance(offloaded, 0, SAVED_AT)
+    held = checkpoint.save(
+        out / f"offloaded-{zero}-{precision}", SAVED_AT, SAVED_AT * BATCH, offloaded.engines, {}, 1, ranks
+    )
+    offloaded_steps += advance(offloaded, SAVED_AT, STEPS)
+    again = Toy(ranks, offload, accumulation=2)
+    checkpoint.load(held, again.engines, ranks)
+    advance(again, SAVED_AT, STEPS)
+
     next_stage: dict[Stage, Stage] = {0: 1, 1: 2, 2: 3, 3: 0}
     moved = Toy(ranks, EngineConfig(zero=next_stage[zero], precision="fp32", clip_norm=CLIP_NORM))
     checkpoint.load(path, moved.engines, ranks)
@@ -98,6 +110,9 @@ def case(ranks: Ranks, out: Path, zero: Stage, precision: Precision) -> dict[str
         "straight": digest(task.engine),
         "resumed": digest(resumed.engine),
         "moved_losses": [step.loss for step in advance(moved, SAVED_AT, STEPS)],
+        "offloaded_losses": [step.loss for step in offloaded_steps],
+        "offloaded": digest(offloaded.engine),
+        "offloaded_resumed": digest(again.engine),
         "averages": averages,
         "answer": answer,
         "objection": refused.objection,
