@@ -61,6 +61,16 @@ def test_kept_bytes_are_those_autograd_keeps():
     assert kept_bytes(lambda: (x @ weight).sum()) == x.nbytes  # the weight is not an activation
 
 
+def test_a_joint_step_is_timed_by_part_and_against_the_official_way(tmp_path):
+    main(["repae", "--batch-size", "2", "--repeats", "1", "--json", str(tmp_path / "repae.json")])
+    measures = read_json(tmp_path / "repae.json")
+    assert measures["speed.step_ratio"].value > 0
+    parts = ("encoder", "decoder", "sit", "sit_to_align", "discriminator", "perceptual", "target")
+    assert all(measures[f"speed.part.{part}"].value > 0 for part in parts)
+    with pytest.raises(ValueError, match="trains no VAE with a SiT"):
+        main(["repae", "--config", "repae.world_repa"])
+
+
 def test_prompts_are_read_faster_together(tmp_path):
     main(["reading", "--batch-size", "6", "--pictures", "2", "--repeats", "1", "--json", str(tmp_path / "reading.json")])
     measures = read_json(tmp_path / "reading.json")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from data.batch import LabelledBatch
 from model.noise import noise
+from model.perceptual import FeaturesConfig
 from sample.measures import Measure, show, spread
 from train.loss import gaussian_kl, squared_error
 from train.machine import record
@@ -62,7 +63,9 @@ def repae(args: Repae) -> None:
     run = replace(run, schedule=replace(run.schedule, batch_size=args.batch_size, accumulation=1))
     ranks = start(60)
     plain = replace(run, engine=replace(run.engine, zero=0, precision="fp32", compile=False))
-    slow = config.perceptual and replace(config.perceptual, dtype="float32")
+    slow = config.perceptual
+    if isinstance(slow, FeaturesConfig):  # LPIPS is in float32 either way
+        slow = replace(slow, target=replace(slow.target, dtype="float32"))
     official = Official(replace(config, perceptual=slow).build(plain, ranks), ranks)
     ours = config.build(replace(run, engine=replace(run.engine, compile=args.compile or run.engine.compile)), ranks)
     batch: LabelledBatch = next(ours.batches(0))
