@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from diffusers import AutoencoderDC  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
+from model.vae import factor_of
+
 
 class Coded(NamedTuple):
     """A tuple, because ZeRO-3 looks for tensors in outputs and looks into no dataclass."""
@@ -37,8 +39,7 @@ class Autoencoder(nn.Module):
     @property
     def factor(self) -> int:
         """Pixels along a side of a latent value."""
-        config = self.autoencoder.config
-        return 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
+        return factor_of(self.autoencoder)
 
     def latent_shape(self, pixels: Tensor) -> tuple[int, int, int]:
         """(c, h, w) of the latents of pixels [B, 3, H, W]."""

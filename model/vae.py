@@ -55,6 +55,12 @@ def _lies_open(source: Source) -> bool:
     return True
 
 
+def factor_of(autoencoder: Any) -> int:
+    """Pixels along a side of a latent value, of one of diffusers' autoencoders."""
+    blocks = autoencoder.config.get("block_out_channels") or autoencoder.config.encoder_block_out_channels
+    return 2 ** (len(blocks) - 1)
+
+
 class LatentVAE:
     """A frozen autoencoder whose latents have mean 0 and variance 1.
 
@@ -66,8 +72,7 @@ class LatentVAE:
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         config = self.autoencoder.config
         self.latent_channels: int = config.latent_channels
-        blocks = config.get("block_out_channels") or config.encoder_block_out_channels
-        self.factor: int = 2 ** (len(blocks) - 1)  # H / h
+        self.factor = factor_of(self.autoencoder)  # H / h
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:
             mean = [config.get("shift_factor") or 0.0] * self.latent_channels
@@ -89,8 +94,12 @@ class LatentVAE:
         raw = encoded.latent if "latent" in encoded else encoded.latent_dist.mode()  # [B, c, h, w]
         return (raw.float() - self._mean) / self._std
 
+    def raw(self, latents: Tensor) -> Tensor:
+        """Latents [B, c, h, w] of unit variance -> those that the autoencoder itself speaks of."""
+        return latents.float() * self._std + self._mean
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, c, h, w] of unit variance -> pixels [B, 3, H, W], clamped to [-1, 1]."""
-        raw = latents.float() * self._std + self._mean
+        raw = self.raw(latents)
         return self.autoencoder.decode(raw.to(self.autoencoder.dtype)).sample.float().clamp(-1, 1)

@@ -36,13 +36,12 @@ def score(
     loss of the velocity at one addressed time each."""
     seen, made, errors, rebuilt, variances = [], [], [], [], []
     shape, device = decoder.latent_shape, next(decoder.sit.parameters()).device
-    mean_, std = (torch.tensor(part, device=device).view(1, -1, 1, 1) for part in decoder.vae.statistics)
     for each in watch(list(_batches(data, n, batch_size))):
         words, places = told.whole(each, seed)
         batch, whole = each.to(device), (words.to(device), places.to(device))
         latents = decoder.vae.encode(batch.pixels)  # [B, c, h, w]
         rebuilt += psnr(decoder.vae.decode(latents), batch.pixels).tolist()
-        variances += spatial_variance(latents * std + mean_).tolist()
+        variances += spatial_variance(decoder.vae.raw(latents)).tolist()
         t, eps = (part.to(device) for part in (decoder.noising.times(each.index, seed), noise(each.index, seed, shape)))
         velocity = decoder.sit(decoder.noising.mix(latents, eps, t), t, decoder.labels(*whole)).prediction
         errors += (velocity - decoder.noising.target(latents, eps, t)).square().flatten(1).mean(1).tolist()

@@ -120,6 +120,13 @@ class RepaeTaskConfig:
         vae = load_vae(self.vae, weights=not self.fresh_vae)
         coder = Autoencoder(vae.autoencoder)
         self._check(coder, run.data.image_size, ranks)
+        for source in run.data.sources:
+            if isinstance(source, Shards) and source.latents is not None:
+                if self.train_vae or self.flip:
+                    raise ValueError(
+                        "data.sources latents are those of a VAE that stays, and of pictures as they are; leave them out"
+                    )
+                check_latents(Path(source.latents), vae, run.data.image_size)
         targets = [load_target(target).to(ranks.device) for target in self.targets]
         modules: dict[str, nn.Module] = {}
         if self.sit is not None:
@@ -137,13 +144,6 @@ class RepaeTaskConfig:
         distance = None
         if self.train_vae and self.perceptual is not None and self.losses.perceptual:
             distance = load_perceptual(self.perceptual).to(ranks.device)
-        for source in run.data.sources:
-            if isinstance(source, Shards) and source.latents is not None:
-                if self.train_vae or self.flip:
-                    raise ValueError(
-                        "data.sources latents are those of a VAE that stays, and of pictures as they are; leave them out"
-                    )
-                check_latents(Path(source.latents), vae, run.data.image_size)
         loader = loader_for(LabelledCollate(run.data.image_size, self.flip, run.seed), run, ranks)
         return RepaeTask(self, engines, coder, vae.to(ranks.device), targets, distance, loader, run, ranks)
 
@@ -294,8 +294,7 @@ class RepaeTask(LoaderTask):
     def _known(self, batch: LabelledBatch) -> Tensor:
         """Raw latents of unit-variance ones that were made once (data/precompute.py): the posterior's mean."""
         assert batch.latents is not None
-        mean, std = (torch.tensor(part).view(1, -1, 1, 1) for part in self.vae.statistics)
-        return (batch.latents.float() * std + mean).to(self.ranks.device)
+        return self.vae.raw(batch.latents.to(self.ranks.device))
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor, posterior: Tensor) -> Tensor:

@@ -51,10 +51,8 @@ def preview(task: RepaeTask, path: Path) -> None:
         pixels = batch.pixels[:SHOWN].to(device)
         shape = task.coder.latent_shape(pixels)
         dtype = next(task.coder.parameters()).dtype
-        headings, columns = (
-            ["picture", "rebuilt"],
-            [pixels, task.coder(pixels.to(dtype), torch.zeros(1, device=device)).rebuilt],
-        )
+        rebuilt = task.coder(pixels.to(dtype), torch.zeros(1, device=device)).rebuilt
+        headings, columns = ["picture", "rebuilt"], [pixels, rebuilt]
         if task.sit is not None:
             words, places = (part[:SHOWN].to(device) for part in task.config.told.whole(batch, task.seed))
             condition = task.sit.labels(words, places)
