@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from configs.world import NOISE
+from configs.world import decoder as world_decoder
 from data.loader import Data, World
 from data.shards import Shards
 from data.told import ClassesTold
 from model.alignment import ProjectorConfig
 from model.discriminator import DiscriminatorConfig
 from model.perceptual import FeaturesConfig, LPIPSConfig
-from model.sit import SiTConfig
+from model.sit import SIZES, SiTConfig
 from model.targets import TargetConfig
 from model.vae import VAEConfig
 from train.config import Run
 from train.ema import EmaConfig
 from train.engine import EngineConfig
+from train.labelled import LabelledTaskConfig
 from train.loop import Schedule
 from train.optim import OptimConfig
 from train.repae import RepaeTaskConfig, VAELosses
@@ -69,6 +72,34 @@ def world() -> Run:
     )
 
 
+def decoder() -> Run:
+    """The shipped decoder: the SiT of `world.decoder` and its VAE, trained together; `world.tuned_decoder` goes on from it.
+
+    python -m train.run repae.decoder
+
+    2 CPU cores, about half an hour.
+    """
+    run, plain = world(), world_decoder().task
+    assert isinstance(plain, LabelledTaskConfig)
+    task = replace(
+        _task(run),
+        sit=plain.sit,
+        init=Path("runs/world-decoder/release"),
+        losses=VAELosses(l2=1.0),
+        recon_fraction=0.5,
+        vae_optim=replace(OPTIM, lr=2e-4, warmup_steps=200),
+    )
+    return replace(
+        run,
+        name="repae-decoder",
+        task=task,
+        data=Data(sources=(World(seed=6),), task="labelled", image_size=64),
+        schedule=replace(run.schedule, steps=1_000, save_every=100),
+        optim=replace(OPTIM, lr=5e-4),
+        ema=EmaConfig(halflife_images=5_000),
+    )
+
+
 def world_repa() -> Run:
     """The same with the VAE left as it is (REPA).
 
@@ -116,10 +147,6 @@ def world_autoencoder() -> Run:
     return replace(run, name="repae-world-autoencoder", task=replace(_task(run), sit=None, targets=()))
 
 
-SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
-"""Depth, width and heads of SiT as published (Ma et al. 2024); adaLN-Zero in every block, a class as one more token."""
-
-
 def _sit(size: str, latent_channels: int, latent_size: int, patch: int) -> SiTConfig:
     """The published SiT of a size over these latents; the alignment at block 4 of S and B, else at 8."""
     depth, width, heads = SIZES[size]
@@ -132,8 +159,10 @@ def _sit(size: str, latent_channels: int, latent_size: int, patch: int) -> SiTCo
         heads=heads,
         condition_width=width,
         condition_tokens=1,
-        conditioning="in_context",
+        conditioning="modulation",
         shared_modulation=False,
+        qk_norm=False,
+        time_scale=1.0,
         align_depth=4 if depth == 12 else 8,
     )
 
@@ -145,15 +174,15 @@ def xl_f8d4() -> Run:
 
     8 GPUs of 80 GB, 400,000 steps (80 epochs). The paper's FID is 4.07 without guidance; this recipe was never run. It
     differs in bfloat16 for float16; a discriminator that starts afresh, with group norm for batch norm; LPIPS in the range
-    it was made for; an average of the VAE in the release; and a SiT that normalises queries and keys and reads the class as
-    a token. LPIPS wants its two files in the folder `lpips` (see model/perceptual.py).
+    it was made for; positions that never train; and an average of the VAE in the release. LPIPS wants its
+    two files in the folder `lpips` (see model/perceptual.py).
     """
     return Run(
         name="repae-xl-f8d4",
         task=RepaeTaskConfig(
             vae=VAEConfig("stabilityai/sd-vae-ft-ema"),
             sit=_sit("xl", latent_channels=4, latent_size=32, patch=2),
-            told=ClassesTold(classes=1000),
+            told=ClassesTold(classes=1000, plain=True),
             perceptual=LPIPSConfig("lpips"),
             discriminator=DiscriminatorConfig(),
             targets=(TargetConfig("facebook/dinov2-base"),),

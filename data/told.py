@@ -61,6 +61,8 @@ class ClassesTold:
 
     classes: int = 1000
     dropout: float = 0.1
+    plain: bool = False
+    """Each class is one learned vector and nothing more, as published."""
 
     def __post_init__(self) -> None:
         if self.classes < 0 or not 0 <= self.dropout <= 1:
@@ -68,7 +70,7 @@ class ClassesTold:
 
     def labels(self, width: int) -> LabelsConfig:
         """The shape of the label embedding: class k is word k + 1."""
-        return LabelsConfig(vocabulary=self.classes + 1, width=width)
+        return LabelsConfig(vocabulary=self.classes + 1, width=width, plain=self.plain)
 
     def __call__(self, batch: LabelledBatch, seed: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """Words [B, 1, 1] and places [B, 1, 3] that say nothing, the same for a sample on any number of ranks."""

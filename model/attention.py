@@ -32,11 +32,12 @@ class HeadNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Bidirectional attention; normalised queries and keys keep its logits bounded (Dehghani et al. 2023)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, qk_norm: bool = True):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
+        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from diffusers import AutoencoderDC  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
+from model.upsample import merge_upsampling
 from model.vae import factor_of
 
 
@@ -21,10 +22,11 @@ class Coded(NamedTuple):
 
 
 class Autoencoder(nn.Module):
-    """diffusers' autoencoder, trainable."""
+    """diffusers' autoencoder, trainable; its upsampling is merged in place with the convolutions that follow."""
 
     def __init__(self, autoencoder: Any) -> None:  # Any: diffusers' annotations lag behind its signatures
         super().__init__()
+        merge_upsampling(autoencoder)
         self.autoencoder = autoencoder
 
     @property

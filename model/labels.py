@@ -21,19 +21,21 @@ UNKNOWN = 0  # the word of whatever is not told; a token of nothing else is the 
 
 @dataclass(frozen=True)
 class LabelsConfig:
-    """`vocabulary` counts all words, UNKNOWN included; `tokens` and `words` are L and K."""
+    """`vocabulary` counts all words, UNKNOWN included; `tokens` and `words` are L and K. `plain`: a token is the sum of its
+    words, with nothing learned on top, as published for classes."""
 
     vocabulary: int
     tokens: int = 1
     words: int = 1
     places: bool = False
     width: int = 384
+    plain: bool = False
 
 
 class Labels(nn.Module):
     """words [B, L, K] long, places [B, L, 3] (x, y, and how far off they may be, all in [0, 1]) -> [B, L, C].
 
-    Tokens leave with mean square 1, as a connector's do for a SiT."""
+    Tokens leave with mean square 1, as a connector's do for a SiT; plain ones as they are."""
 
     def __init__(self, config: LabelsConfig, frequencies: int = 16):
         super().__init__()
@@ -43,9 +45,12 @@ class Labels(nn.Module):
         speed = math.pi * 2 ** torch.linspace(0, 4, frequencies)
         self.register_buffer("speed", speed, persistent=False)  # [frequencies]
         self.embed_place = nn.Linear(4 * frequencies + 1, config.width) if config.places else None
-        self.mix = nn.Sequential(nn.Linear(config.width, config.width), nn.GELU(), nn.Linear(config.width, config.width))
-        self.norm = nn.RMSNorm(config.width)
-        nn.init.normal_(self.embed_word.weight, std=0.5)
+        self.mix = self.norm = None
+        if not config.plain:
+            width = config.width
+            self.mix = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+            self.norm = nn.RMSNorm(width)
+        nn.init.normal_(self.embed_word.weight, std=0.02 if config.plain else 0.5)
 
     def forward(self, words: Tensor, places: Tensor | None = None) -> Tensor:
         tokens = self.embed_word(words).sum(dim=2)  # [B, L, C]
@@ -56,7 +61,7 @@ class Labels(nn.Module):
             angle = torch.stack([x, y], dim=-1)[..., None] * self.speed  # [B, L, 2, frequencies]
             waves = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(2)  # [B, L, 4 frequencies]
             tokens = tokens + self.embed_place(torch.cat([waves, spread[..., None]], dim=-1).to(tokens.dtype))
-        return self.norm(tokens + self.mix(tokens))
+        return tokens if self.mix is None or self.norm is None else self.norm(tokens + self.mix(tokens))
 
 
 def load_labels(folder: str | Path | None) -> Labels:
@@ -66,7 +71,8 @@ def load_labels(folder: str | Path | None) -> Labels:
         raise ValueError(f"{str(folder)!r} has no {LABELS_FILE}; name the release of a decoder that was trained on labels")
     tensors = read_tensors(found / LABELS_FILE)
     vocabulary, width = tensors["embed_word.weight"].shape
-    labels = Labels(LabelsConfig(vocabulary, places="embed_place.weight" in tensors, width=width))
+    plain, places = "norm.weight" not in tensors, "embed_place.weight" in tensors
+    labels = Labels(LabelsConfig(vocabulary, places=places, width=width, plain=plain))
     match(tensors, labels.state_dict(), found / LABELS_FILE)
     labels.load_state_dict(tensors)
     return labels.requires_grad_(False)

@@ -3,6 +3,7 @@
 With LPIPS's published weights where they are given; else by the features of any target encoder, which need no further
 download: a distance of its own, to be named as such. Letters: B batch, H W pixels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ class FeatureDistance:
     """1 - cos of an encoder's features, in the mean over places: [B], from 0 (alike) to 2."""
 
     def __init__(self, target: Target, tokens: int) -> None:
-        self.target, self.tokens = target, tokens
+        self.target, self.grid = target, (tokens, tokens)
 
     @property
     def network(self) -> nn.Module:
@@ -52,12 +53,13 @@ class FeatureDistance:
         self.target.to(device)
         return self
 
-    def __call__(self, rebuilt: Tensor, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] twice -> [B]; the gradient goes to the first alone."""
-        grid = (self.tokens, self.tokens)
-        with torch.no_grad():
-            wanted = self.target(pictures, grid)  # [B, N, E]
-        return (1 - F.cosine_similarity(self.target(rebuilt, grid), wanted, dim=-1)).mean(1)
+    def __call__(self, rebuilt: Tensor, pictures: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] twice -> [B]; the gradient goes to the first alone. `wanted` [B, N, E] are the
+        features of the second where they are known."""
+        if wanted is None:
+            with torch.no_grad():
+                wanted = self.target(pictures, self.grid)  # [B, N, E]
+        return (1 - F.cosine_similarity(self.target(rebuilt, self.grid), wanted, dim=-1)).mean(1)
 
 
 class LPIPS(nn.Module):
@@ -110,10 +112,12 @@ class LPIPS(nn.Module):
 Perceptual = FeatureDistance | LPIPS
 
 
-def load_perceptual(config: PerceptualConfig) -> Perceptual:
-    """The frozen distance that `config` names, on CPU. ValueError when its weights are missing."""
+def load_perceptual(config: PerceptualConfig, loaded: Sequence[Target] = ()) -> Perceptual:
+    """The frozen distance that `config` names, on CPU, by an encoder that is `loaded` already where it is the same.
+    ValueError when its weights are missing."""
     if isinstance(config, FeaturesConfig):
-        return FeatureDistance(load_target(config.target), config.tokens)
+        known = next((target for target in loaded if target.config == config.target), None)
+        return FeatureDistance(known or load_target(config.target), config.tokens)
     folder = locate(config.path)
     files = [] if folder is None else [folder / "vgg16-397923af.pth", folder / "vgg.pth"]
     if not files or not all(file.is_file() for file in files):

@@ -1,12 +1,13 @@
 """SiT: noisy latents, a time and conditioning tokens -> the prediction, and the hidden layer to align.
 
-A diffusion transformer (Peebles & Xie 2022; Ma et al. 2024) with per-head qk-norm. The conditioning tokens join the
-sequence (in_context) or are looked up in every block (cross_attention); their mean joins the time in the modulation.
+A diffusion transformer (Peebles & Xie 2022; Ma et al. 2024). The conditioning tokens join the sequence (in_context) or are
+looked up in every block (cross_attention), and their mean joins the time in the modulation; or it alone does (modulation).
 Letters: B batch, c h w latent channels, height, width, N latent tokens, L conditioning tokens, S = L + N (in context)
 or N, C conditioning width, D width."""
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,28 +17,37 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import CrossAttention, SelfAttention
 
+SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
+"""Depth, width and heads as published (Ma et al. 2024)."""
+
 
 @dataclass(frozen=True)
 class SiTConfig:
     """Shape of a SiT.
 
     `shared_modulation`: one modulation for all blocks plus a table per block (adaLN-single, a third fewer parameters);
-    otherwise adaLN-Zero per block, as published. `align_depth`: where an alignment loss looks."""
+    otherwise adaLN-Zero per block, as published. `align_depth`: where an alignment loss looks. As published is also to
+    condition by modulation, on the condition as it is, without `qk_norm` and with a `time_scale` of 1."""
 
     latent_channels: int
-    latent_size: int  # h = w
+    latent_size: int  # h = w of the grid whose positions it learns; it takes others, about the same middle
     patch: int = 1
     width: int = 384
     depth: int = 12
     heads: int = 6
     condition_width: int = 384
     condition_tokens: int = 64  # the most that a call may bring
-    conditioning: Literal["in_context", "cross_attention"] = "in_context"
+    conditioning: Literal["in_context", "cross_attention", "modulation"] = "in_context"
     shared_modulation: bool = True
     align_depth: int = 4
     spacing: float = 1.0
     """From token to token in the table of positions. Half, with half the patch, leaves every place its position, so that
     a finer SiT can go on from a coarser one."""
+    positions: Literal["sincos", "stored"] = "sincos"
+    """stored: a table of its own, never trained, as a converted checkpoint may bring one."""
+    qk_norm: bool = True
+    time_scale: float = 1000.0
+    """What times in [0, 1] are multiplied with before their sines and cosines are taken."""
     activation_checkpointing: bool = False
 
 
@@ -58,20 +68,29 @@ class SiT(nn.Module):
         self.config = config
         width, patch_values = config.width, config.latent_channels * config.patch**2
         self.embed = nn.Linear(patch_values, width)
-        position = sincos_2d(width, config.latent_size // config.patch, config.spacing)  # [N, D]
-        self.register_buffer("position", position, persistent=False)
-        self.embed_time = TimeEmbedding(width)
-        self.embed_condition = nn.Sequential(
-            nn.Linear(config.condition_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
-        )
-        # zero: the order of the conditioning tokens starts unused
-        self.condition_position = nn.Parameter(torch.zeros(config.condition_tokens, width))
+        self.position: Tensor
+        position = sincos_2d(width, self.grid, self.grid[0], config.spacing)  # [N, D]
+        self.register_buffer("position", position, persistent=config.positions == "stored")
+        self.embed_time = TimeEmbedding(width, config.time_scale)
+        self.embed_condition = self.condition_position = None
+        if config.conditioning != "modulation":
+            self.embed_condition = nn.Sequential(
+                nn.Linear(config.condition_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+            )
+            # zero: the order of the conditioning tokens starts unused
+            self.condition_position = nn.Parameter(torch.zeros(config.condition_tokens, width))
         self.modulation = Modulation(width, 6) if config.shared_modulation else None
         self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(config.depth))
         self.final_modulation = Modulation(width, 2)
         self.final_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.unembed = nn.Linear(width, patch_values)
         self._init_weights()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of latent tokens that it was made for."""
+        side = self.config.latent_size // self.config.patch
+        return side, side
 
     def forward(
         self,
@@ -85,15 +104,21 @@ class SiT(nn.Module):
         """x_t [B, c, h, w], t [B] in [0, 1], condition [B, L, C], condition_mask [B, L] bool (True = real; with
         cross_attention each row needs one) -> float32 prediction [B, c, h, w], and the latent tokens after block
         number `hidden_at`; with `stop` these alone, the blocks after it not run."""
-        if condition.shape[1] > len(self.condition_position):
-            raise ValueError(f"{condition.shape[1]} conditioning tokens for a SiT that takes {len(self.condition_position)}")
         dtype = self.embed.weight.dtype
-        condition = self.embed_condition(condition.to(dtype))  # [B, L, D]
-        condition = condition + self.condition_position[: condition.shape[1]]
+        condition = condition.to(dtype)  # [B, L, C]
+        if self.embed_condition is not None and self.condition_position is not None:
+            if condition.shape[1] > len(self.condition_position):
+                raise ValueError(
+                    f"{condition.shape[1]} conditioning tokens for a SiT that takes {len(self.condition_position)}"
+                )
+            condition = self.embed_condition(condition)  # [B, L, D]
+            condition = condition + self.condition_position[: condition.shape[1]]
         time = self.embed_time(t) + masked_mean(condition, condition_mask)  # [B, D]
-        x = self.embed(patchify(x_t.to(dtype), self.config.patch)) + self.position  # [B, N, D]
+        x = self.embed(patchify(x_t.to(dtype), self.config.patch)) + self._positions(x_t)  # [B, N, D]
         context, tokens, mask = condition, x.shape[1], _attention_mask(condition_mask, 0)  # mask [B, 1, 1, L]
-        if self.config.conditioning == "in_context":
+        if self.config.conditioning == "modulation":
+            context = mask = None
+        elif self.config.conditioning == "in_context":
             x = torch.cat([condition, x], dim=1)  # [B, L + N, D]
             context, mask = None, _attention_mask(condition_mask, tokens)  # mask [B, 1, 1, L + N]
         shared = None if self.modulation is None else self.modulation(time)  # [B, 6, D]
@@ -110,6 +135,15 @@ class SiT(nn.Module):
         shift, scale = self.final_modulation(time).unsqueeze(2).unbind(1)  # [B, 1, D] each
         x = modulate(self.final_norm(x[:, -tokens:]), shift, scale)  # [B, N, D]
         return SiTOutput(unpatchify(self.unembed(x).float(), self.config.patch, x_t.shape), hidden)
+
+    def _positions(self, x_t: Tensor) -> Tensor:
+        """[N, D] for the grid of x_t [B, c, h, w]."""
+        grid = x_t.shape[-2] // self.config.patch, x_t.shape[-1] // self.config.patch
+        if grid == self.grid:
+            return self.position
+        if self.config.positions == "stored":
+            raise ValueError(f"a SiT whose positions are stored draws {self.grid} tokens alone, and is asked for {grid}")
+        return _elsewhere(self.config, grid, self.position.device, self.position.dtype)
 
     def _init_weights(self) -> None:
         for module in self.modules():
@@ -134,7 +168,7 @@ class SiTBlock(nn.Module):
         super().__init__()
         width = config.width
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attention = SelfAttention(width, config.heads)
+        self.attention = SelfAttention(width, config.heads, config.qk_norm)
         self.cross = CrossAttention(width, config.heads) if config.conditioning == "cross_attention" else None
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
@@ -171,17 +205,17 @@ class Modulation(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """t [B] in [0, 1] -> [B, D]: 256 sines and cosines of 1000 t in float32, then an MLP."""
+    """t [B] in [0, 1] -> [B, D]: 256 sines and cosines of `scale` t in float32, then an MLP."""
 
-    def __init__(self, width: int, frequencies: int = 256):
+    def __init__(self, width: int, scale: float = 1000.0, frequencies: int = 256):
         super().__init__()
-        self.frequencies = frequencies
+        self.scale, self.frequencies = scale, frequencies
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.frequencies // 2
         speed = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-        angle = 1000 * t.float()[:, None] * speed  # [B, half]
+        angle = self.scale * t.float()[:, None] * speed  # [B, half]
         waves = torch.cat([angle.cos(), angle.sin()], dim=-1)  # [B, frequencies]
         return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
@@ -235,16 +269,26 @@ def finer(sit: SiT, config: SiTConfig) -> SiT:
     return fresh
 
 
-def sincos_2d(width: int, size: int, spacing: float = 1.0) -> Tensor:
-    """Fixed positions of a size x size grid, [size size, width]: half the channels for the row, half the column. Tokens
-    are `spacing` wide, and 0 is the middle of a token one wide at the edge."""
+def sincos_2d(width: int, grid: tuple[int, int], size: int, spacing: float = 1.0) -> Tensor:
+    """Fixed positions of a grid of rows and columns, [rows columns, width]: half the channels for the row, half the column.
+    Tokens are `spacing` wide; the middle lies where that of a square of `size` tokens does, of which 0 is the middle of a
+    token one wide at the edge."""
     speed = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    middles = (torch.arange(size, dtype=torch.float64) + 0.5) * spacing - 0.5
-    angle = middles[:, None] * speed  # [size, width / 4]
-    axis = torch.cat([angle.sin(), angle.cos()], dim=-1)  # [size, width / 2]
-    rows = axis[:, None].expand(size, size, -1)
-    columns = axis[None, :].expand(size, size, -1)
-    return torch.cat([rows, columns], dim=-1).reshape(size * size, width).float()
+
+    def axis(count: int) -> Tensor:
+        middles = (torch.arange(count, dtype=torch.float64) + 0.5 + (size - count) / 2) * spacing - 0.5
+        angle = middles[:, None] * speed  # [count, width / 4]
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)  # [count, width / 2]
+
+    rows, columns = axis(grid[0])[:, None].expand(*grid, -1), axis(grid[1])[None].expand(*grid, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1).float()
+
+
+@lru_cache(maxsize=64)
+def _elsewhere(config: SiTConfig, grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Positions [N, D] of a grid that is not the SiT's own."""
+    side = config.latent_size // config.patch
+    return sincos_2d(config.width, grid, side, config.spacing).to(device, dtype)
 
 
 def _attention_mask(condition_mask: Tensor | None, latent_tokens: int) -> Tensor | None:
@@ -260,5 +304,9 @@ def _validate(config: SiTConfig) -> None:
         raise ValueError(f"sit.latent_size {config.latent_size} is not a multiple of sit.patch {config.patch}")
     if config.width % config.heads or config.width % 4:
         raise ValueError(f"sit.width {config.width} must be a multiple of 4 and of sit.heads {config.heads}")
+    if config.conditioning == "modulation" and config.condition_width != config.width:
+        raise ValueError(
+            f"sit.condition_width is {config.condition_width} and sit.width {config.width}; make them equal for modulation"
+        )
     if not 0 <= config.align_depth <= config.depth:
         raise ValueError(f"sit.align_depth {config.align_depth} must lie between 0 and sit.depth {config.depth}")

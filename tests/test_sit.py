@@ -121,7 +121,7 @@ def test_patches_return_to_their_places():
 
 
 def test_positions_are_distinct_and_nearer_places_more_alike():
-    position = sincos_2d(32, 8)
+    position = sincos_2d(32, (8, 8), 8)
     likeness = (position @ position.T)[0].reshape(8, 8)
     assert likeness[0, 0] > likeness[0, 1] > likeness[0, 2]
     assert likeness[0, 1] == likeness[1, 0]
@@ -166,8 +166,8 @@ def test_a_finer_sit_says_of_an_even_latent_what_the_coarse_one_says():
 
 def test_half_the_spacing_keeps_places():
     """A large patch lies in the middle of its four small ones, at what their positions turn around."""
-    coarse, fine = (sincos_2d(32, 4).reshape(4, 4, 32), sincos_2d(32, 8, 0.5).reshape(8, 8, 32))
-    torch.testing.assert_close(sincos_2d(32, 4, 1.0), sincos_2d(32, 4))
+    coarse, fine = (sincos_2d(32, (4, 4), 4).reshape(4, 4, 32), sincos_2d(32, (8, 8), 8, 0.5).reshape(8, 8, 32))
+    torch.testing.assert_close(sincos_2d(32, (4, 4), 4, 1.0), sincos_2d(32, (4, 4), 4))
     likeness = torch.einsum("ijd,hwd->ijhw", coarse, fine)  # of each large patch to each small one
     for row, column in ((0, 0), (1, 2), (3, 3)):
         nearest = likeness[row, column].flatten().topk(4).indices

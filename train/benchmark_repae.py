@@ -2,8 +2,8 @@
 
 The official way is that of End2End-Diffusion/REPA-E: float32 weights under autocast, a perceptual loss in float32, the other
 networks frozen for one sum of the VAE's losses, real and false pictures through the discriminator one after the other, the
-cosine of the alignment in a loop over samples, nothing compiled. Ours is the engines' step as the run configures it. They
-take turns in one process, on the same batch.
+cosine of the alignment in a loop over samples, upsampling before convolutions, nothing compiled. Ours is the engines' step
+as the run configures it. They take turns in one process, on the same batch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from data.batch import LabelledBatch
 from model.noise import noise
 from model.perceptual import FeaturesConfig
+from model.upsample import split_upsampling
 from sample.measures import Measure, show, spread
 from train.loss import gaussian_kl, squared_error
 from train.machine import record
@@ -138,6 +139,7 @@ class Official:
     def __init__(self, task: RepaeTask, ranks: Ranks) -> None:
         self.task, self.ranks, self.config = task, ranks, task.config
         self.modules: dict[str, nn.Module] = {name: engine.module for name, engine in task.engines.items()}
+        split_upsampling(self.modules["vae"])
         optims = {"vae": self.config.vae_optim, "discriminator": self.config.discriminator_optim}
         self.optimizers = {
             name: adamw(module, optims.get(name) or task.engines[name].optim) for name, module in self.modules.items()

@@ -19,6 +19,7 @@ from data.loader import Loader
 from data.told import ScenesTold
 from data.world.labels import Withhold, labels_config
 from model.decoder import load_sit, save_sit
+from model.files import match
 from model.labels import LABELS_FILE, Labels, load_labels
 from model.noise import FlowConfig, NoiseConfig, build_noising, noise
 from model.sit import SiT, SiTConfig, finer
@@ -95,12 +96,20 @@ class LabelledSiT(nn.Module):
     def start(self, release: Path) -> None:
         """Take over what `release` wrote; of a coarser SiT, what `finer` keeps; a head over other points starts afresh.
         Raises ValueError when a file is missing or does not fit."""
-        self.labels.load_state_dict(load_labels(str(release)).state_dict())
-        self.sit.load_state_dict(finer(load_sit(str(release)), self.sit.config).state_dict())
+        start_from(release, self.labels, self.sit)
         if self.head is not None and (release / HEAD_FILE).is_file():
             head = load_head(str(release))
             if head.points == self.head.points:
                 self.head.load_state_dict(head.state_dict())
+
+
+def start_from(release: Path, labels: Labels, sit: SiT) -> None:
+    """Take over the labels and the SiT (of a coarser one what `finer` keeps) that a labelled run released. Raises ValueError
+    when one is missing or does not fit."""
+    found = load_labels(release).state_dict()
+    match(found, labels.state_dict(), release)
+    labels.load_state_dict(found)
+    sit.load_state_dict(finer(load_sit(str(release)), sit.config).state_dict())
 
 
 class LabelledTask(LoaderTask):

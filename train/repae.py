@@ -32,12 +32,13 @@ from model.discriminator import Discriminator, DiscriminatorConfig
 from model.labels import Labels
 from model.latent_norm import LatentNorm
 from model.noise import FlowConfig, Noising, build_noising, noise
-from model.perceptual import Perceptual, PerceptualConfig, load_perceptual
+from model.perceptual import FeatureDistance, Perceptual, PerceptualConfig, load_perceptual
 from model.sit import SiT, SiTConfig
 from model.targets import Target, TargetConfig, load_target
 from model.vae import LatentVAE, VAEConfig, load_vae
 from train.ema import kept
 from train.engine import Engine
+from train.labelled import start_from
 from train.loss import gaussian_kl, hinge, squared_error
 from train.optim import OptimConfig
 from train.ranks import Ranks
@@ -94,6 +95,8 @@ class RepaeTaskConfig:
     """Share of each batch that is decoded and compared; the rest trains the encoder by its alignment alone."""
     flip: bool = False
     """Mirror half of the pictures, chosen by sample number; for labels without places."""
+    init: Path | None = None
+    """The SiT that an earlier labelled run released, to go on from; projectors start afresh. None: fresh weights."""
     vae_optim: OptimConfig | None = None
     """None: the run's own."""
     discriminator_optim: OptimConfig | None = None
@@ -108,6 +111,8 @@ class RepaeTaskConfig:
             raise ValueError("task.targets need a block to look after; give task.sit.align_depth, or no targets")
         if self.sit is None and not self.train_vae:
             raise ValueError("task.sit is None and task.train_vae is off: nothing is left to train")
+        if self.sit is None and self.init is not None:
+            raise ValueError("task.init is a SiT to go on from, and task.sit is None; leave one of them out")
         if not 0 < self.recon_fraction <= 1:
             raise ValueError(f"task.recon_fraction is {self.recon_fraction}; give a share above 0, up to 1")
         if self.flip and isinstance(self.told, ScenesTold):
@@ -130,7 +135,9 @@ class RepaeTaskConfig:
         targets = [load_target(target).to(ranks.device) for target in self.targets]
         modules: dict[str, nn.Module] = {}
         if self.sit is not None:
-            modules["main"] = AlignedSiT(self.sit, self.told, self.noise, self.projector, targets, vae.statistics)
+            modules["main"] = main = AlignedSiT(self.sit, self.told, self.noise, self.projector, targets, vae.statistics)
+            if self.init is not None:
+                start_from(self.init, main.labels, main.sit)
         if self.train_vae:
             modules["vae"] = coder.requires_grad_(True).train()
             if self.discriminator is not None and self.losses.adversarial:
@@ -143,7 +150,7 @@ class RepaeTaskConfig:
         }
         distance = None
         if self.train_vae and self.perceptual is not None and self.losses.perceptual:
-            distance = load_perceptual(self.perceptual).to(ranks.device)
+            distance = load_perceptual(self.perceptual, targets).to(ranks.device)
         loader = loader_for(LabelledCollate(run.data.image_size, self.flip, run.seed), run, ranks)
         return RepaeTask(self, engines, coder, vae.to(ranks.device), targets, distance, loader, run, ranks)
 
@@ -314,7 +321,7 @@ class RepaeTask(LoaderTask):
             measured["kl"] = gaussian_kl(coded.mean, coded.logvar).flatten(1).sum(1).mean()
             loss = loss + weights.kl * measured["kl"]
         if self.distance is not None:
-            measured["perceptual"] = self.distance(rebuilt, pixels).mean()
+            measured["perceptual"] = self._apart(self.distance, rebuilt, pixels, seen).mean()
             loss = loss + weights.perceptual * measured["perceptual"]
         if given is not None and ((weights.align and seen) or weights.diffusion):
             loss = loss + _injected(coded.latents, lambda z: self._latent_loss(z, given, seen))
@@ -323,6 +330,13 @@ class RepaeTask(LoaderTask):
         self.engines["vae"].backward(loss)
         self.engines["vae"].step()
         return {name: value.detach() for name, value in measured.items()}
+
+    def _apart(self, distance: Perceptual, rebuilt: Tensor, pixels: Tensor, seen: list[Tensor]) -> Tensor:
+        """The perceptual distance [R]; what the alignment's encoder saw in the pictures is not looked for again."""
+        for target, features in zip(self.targets, seen, strict=False):  # nothing is seen once nothing is aligned
+            if isinstance(distance, FeatureDistance) and distance.target is target and distance.grid == self.sit.grid:
+                return distance(rebuilt, pixels, features[: len(pixels)])
+        return distance(rebuilt, pixels)
 
     def _latent_loss(self, latents: Tensor, given: tuple[Any, Tensor, Tensor], seen: list[Tensor]) -> Tensor:
         """What the SiT says of the latents: the alignment, and in the naive control the diffusion loss. By the running
