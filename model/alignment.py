@@ -33,6 +33,9 @@ class MLPProjector(nn.Sequential):
             nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out_width)
         )
 
+    def forward(self, input: Tensor, grid: Grid) -> Tensor:
+        return super().forward(input)
+
     def prepare(self, target: Tensor) -> Tensor:
         return target
 
@@ -40,13 +43,13 @@ class MLPProjector(nn.Sequential):
 class ConvProjector(nn.Module):
     """[B, N, D] -> [B, N, E], each token with its neighbours on the grid."""
 
-    def __init__(self, width: int, out_width: int, grid: Grid, spatial_norm: float) -> None:
+    def __init__(self, width: int, out_width: int, spatial_norm: float) -> None:
         super().__init__()
-        self.grid, self.spatial_norm = grid, spatial_norm
+        self.spatial_norm = spatial_norm
         self.conv = nn.Conv2d(width, out_width, 3, padding=1)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        picture = hidden.transpose(1, 2).unflatten(2, self.grid)  # [B, D, rows, columns]
+    def forward(self, hidden: Tensor, grid: Grid) -> Tensor:
+        picture = hidden.transpose(1, 2).unflatten(2, grid)  # [B, D, rows, columns]
         return self.conv(picture).flatten(2).transpose(1, 2)
 
     def prepare(self, target: Tensor) -> Tensor:
@@ -55,11 +58,11 @@ class ConvProjector(nn.Module):
         return off / (off.std(1, keepdim=True) + 1e-6)
 
 
-def build_projector(config: ProjectorConfig, width: int, out_width: int, grid: Grid) -> MLPProjector | ConvProjector:
-    """The projector from tokens of `width` on a grid to an encoder's features."""
+def build_projector(config: ProjectorConfig, width: int, out_width: int) -> MLPProjector | ConvProjector:
+    """The projector from tokens of `width` to an encoder's features."""
     if config.kind == "mlp":
         return MLPProjector(width, out_width, config.width)
-    return ConvProjector(width, out_width, grid, config.spatial_norm)
+    return ConvProjector(width, out_width, config.spatial_norm)
 
 
 def alignment(guesses: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

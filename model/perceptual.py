@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.assets import locate
-from model.targets import Target, TargetConfig, load_target
+from model.targets import Grid, Target, TargetConfig, load_target
 
 _VGG = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
 _TAPS = (3, 8, 15, 22, 29)  # the last activation before each pooling
@@ -24,7 +24,7 @@ class FeaturesConfig:
 
     target: TargetConfig
     tokens: int = 16
-    """Along a side of the picture."""
+    """Along the shorter side of the picture."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,17 @@ class FeatureDistance:
     """1 - cos of an encoder's features, in the mean over places: [B], from 0 (alike) to 2."""
 
     def __init__(self, target: Target, tokens: int) -> None:
-        self.target, self.grid = target, (tokens, tokens)
+        self.target, self.tokens = target, tokens
 
     @property
     def network(self) -> nn.Module:
         """What decides it."""
         return self.target.encoder
+
+    def grid(self, pictures: Tensor) -> Grid:
+        """Tokens over pictures [B, 3, H, W]: so many along the shorter side."""
+        shorter = min(pictures.shape[-2:])
+        return round(self.tokens * pictures.shape[-2] / shorter), round(self.tokens * pictures.shape[-1] / shorter)
 
     def to(self, device: torch.device | str) -> "FeatureDistance":
         self.target.to(device)
@@ -56,10 +61,11 @@ class FeatureDistance:
     def __call__(self, rebuilt: Tensor, pictures: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] twice -> [B]; the gradient goes to the first alone. `wanted` [B, N, E] are the
         features of the second where they are known."""
+        grid = self.grid(pictures)
         if wanted is None:
             with torch.no_grad():
-                wanted = self.target(pictures, self.grid)  # [B, N, E]
-        return (1 - F.cosine_similarity(self.target(rebuilt, self.grid), wanted, dim=-1)).mean(1)
+                wanted = self.target(pictures, grid)  # [B, N, E]
+        return (1 - F.cosine_similarity(self.target(rebuilt, grid), wanted, dim=-1)).mean(1)
 
 
 class LPIPS(nn.Module):

@@ -69,7 +69,8 @@ class SiT(nn.Module):
         width, patch_values = config.width, config.latent_channels * config.patch**2
         self.embed = nn.Linear(patch_values, width)
         self.position: Tensor
-        position = sincos_2d(width, self.grid, self.grid[0], config.spacing)  # [N, D]
+        side = config.latent_size // config.patch
+        position = sincos_2d(width, (side, side), side, config.spacing)  # [N, D]
         self.register_buffer("position", position, persistent=config.positions == "stored")
         self.embed_time = TimeEmbedding(width, config.time_scale)
         self.embed_condition = self.condition_position = None
@@ -86,11 +87,9 @@ class SiT(nn.Module):
         self.unembed = nn.Linear(width, patch_values)
         self._init_weights()
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of latent tokens that it was made for."""
-        side = self.config.latent_size // self.config.patch
-        return side, side
+    def grid(self, latents: Tensor) -> tuple[int, int]:
+        """Rows and columns of tokens that latents [B, c, h, w] are cut into."""
+        return latents.shape[-2] // self.config.patch, latents.shape[-1] // self.config.patch
 
     def forward(
         self,
@@ -138,11 +137,11 @@ class SiT(nn.Module):
 
     def _positions(self, x_t: Tensor) -> Tensor:
         """[N, D] for the grid of x_t [B, c, h, w]."""
-        grid = x_t.shape[-2] // self.config.patch, x_t.shape[-1] // self.config.patch
-        if grid == self.grid:
+        grid, side = self.grid(x_t), self.config.latent_size // self.config.patch
+        if grid == (side, side):
             return self.position
         if self.config.positions == "stored":
-            raise ValueError(f"a SiT whose positions are stored draws {self.grid} tokens alone, and is asked for {grid}")
+            raise ValueError(f"a SiT whose positions are stored draws {side} x {side} tokens, not {grid[0]} x {grid[1]}")
         return _elsewhere(self.config, grid, self.position.device, self.position.dtype)
 
     def _init_weights(self) -> None:

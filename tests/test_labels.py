@@ -11,7 +11,8 @@ from data.world.dense import COLOUR_NAMES, SHAPE_NAMES, colour_and_shape
 from data.world.labels import ANYWHERE, LINKED, OBJECTS, WORDS, Withhold, encode, encode_caption, labels_config, nothing
 from data.world.render import render
 from data.world.scene import BACKGROUNDS, COLOURS, make_scene, random_for
-from model.labels import UNKNOWN, Labels, LabelsConfig
+from model.files import write_tensors
+from model.labels import LABELS_FILE, UNKNOWN, Labels, LabelsConfig, load_labels
 
 TELL_ALL = Withhold(0, 0, 0, 0, 0, 0, 0)
 
@@ -22,6 +23,13 @@ def test_tokens_have_unit_scale_and_a_class_label_is_one_token():
     tokens = labels(torch.randint(1001, (50, 1, 1)))
     assert tokens.shape == (50, 1, 64)
     torch.testing.assert_close(tokens.square().mean(-1), torch.ones(50, 1), rtol=1e-3, atol=1e-3)
+
+
+def test_plain_labels_are_their_vectors(tmp_path):
+    labels = Labels(LabelsConfig(vocabulary=4, width=8, plain=True))
+    assert torch.equal(labels(torch.tensor([[[2]], [[0]]]))[:, 0], labels.embed_word.weight[[2, 0]])
+    write_tensors(tmp_path / LABELS_FILE, labels.state_dict())
+    assert load_labels(tmp_path).config == labels.config
 
 
 def test_labels_with_places_need_them():

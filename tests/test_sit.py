@@ -8,13 +8,14 @@ from model import attention
 from model.sit import SiT, SiTConfig, finer, patchify, sincos_2d, unpatchify
 from tests import tiny
 
-KINDS = [(kind, shared) for kind in ("in_context", "cross_attention") for shared in (True, False)]
+CONDITIONING = ("in_context", "cross_attention", "modulation")
+KINDS = [(kind, shared) for kind in CONDITIONING for shared in (True, False)]
 
 
 def awake(**changes):
     """A SiT whose zero-initialised maps have values, so that everything can matter."""
     torch.manual_seed(0)
-    sit = SiT(tiny.sit_config(**changes))
+    sit = SiT(tiny.sit_config(condition_width=32, **changes))
     with torch.no_grad():
         for parameter in sit.parameters():
             if parameter.abs().sum() == 0:
@@ -25,12 +26,12 @@ def awake(**changes):
 def inputs(batch=3, tokens=5):
     random = torch.Generator().manual_seed(1)
     x_t = torch.randn(batch, 4, 8, 8, generator=random)
-    return x_t, torch.rand(batch, generator=random), torch.randn(batch, tokens, 24, generator=random)
+    return x_t, torch.rand(batch, generator=random), torch.randn(batch, tokens, 32, generator=random)
 
 
 @pytest.mark.parametrize(("kind", "shared"), KINDS)
 def test_a_fresh_sit_predicts_zero_and_then_learns(kind, shared):
-    sit = SiT(tiny.sit_config(conditioning=kind, shared_modulation=shared))
+    sit = SiT(tiny.sit_config(condition_width=32, conditioning=kind, shared_modulation=shared))
     x_t, t, condition = inputs()
     assert (sit(x_t, t, condition).prediction == 0).all()
     optimizer = torch.optim.Adam(sit.parameters(), lr=1e-2)
@@ -54,7 +55,7 @@ def test_rows_do_not_meet(kind, shared):
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["in_context", "cross_attention"])
+@pytest.mark.parametrize("kind", CONDITIONING)
 def test_masked_conditioning_tokens_do_not_exist(kind):
     sit, (x_t, t, condition) = awake(conditioning=kind), inputs()
     mask = torch.tensor([[True, True, True, False, False]]).expand(3, -1)
@@ -63,7 +64,7 @@ def test_masked_conditioning_tokens_do_not_exist(kind):
     assert (masked - sit(x_t, t, condition).prediction).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["in_context", "cross_attention"])
+@pytest.mark.parametrize("kind", CONDITIONING)
 def test_time_and_conditioning_matter(kind):
     sit, (x_t, t, condition) = awake(conditioning=kind), inputs()
     out = sit(x_t, t, condition).prediction
@@ -128,17 +129,51 @@ def test_positions_are_distinct_and_nearer_places_more_alike():
     assert len({tuple(row) for row in position.tolist()}) == 64
 
 
-def test_block_has_the_published_size():
-    """adaLN-Zero blocks of DiT-XL: 18 D^2 + 15 D with biases; ours add two qk norms of D / heads."""
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_block_has_the_published_size(qk_norm):
+    """adaLN-Zero blocks of DiT-XL: 18 D^2 + 15 D with biases; two qk norms of D / heads are ours."""
+    shape = dict(width=1152, depth=1, heads=16, shared_modulation=False, align_depth=1)
     with torch.device("meta"):
-        sit = SiT(SiTConfig(4, 32, 2, width=1152, depth=1, heads=16, shared_modulation=False, align_depth=1))
+        sit = SiT(SiTConfig(4, 32, 2, qk_norm=qk_norm, **shape))
     count = sum(parameter.numel() for parameter in sit.blocks.parameters())
-    assert count == 18 * 1152**2 + 15 * 1152 + 2 * 72
+    assert count == 18 * 1152**2 + 15 * 1152 + 2 * 72 * qk_norm
+
+
+def test_positions_of_another_grid_have_the_same_middle():
+    """A wide picture goes on to the left and right of the square; its middle columns stand where the square's do."""
+    square, wide = sincos_2d(32, (4, 4), 4).reshape(4, 4, 32), sincos_2d(32, (4, 8), 4).reshape(4, 8, 32)
+    assert torch.equal(wide[:, 2:6], square)
+    tall = sincos_2d(32, (8, 2), 4).reshape(8, 2, 32)
+    assert torch.equal(tall[2:6], square[:, 1:3])
+
+
+@pytest.mark.parametrize("kind", CONDITIONING)
+def test_grids_of_any_shape(kind):
+    """The middle of a wide picture is what a square is, but for what its tokens see besides."""
+    sit, (_, t, condition) = awake(conditioning=kind), inputs()
+    wide = torch.randn(3, 4, 8, 12)
+    assert sit(wide, t, condition).prediction.shape == wide.shape
+    embedded = sit.embed(patchify(wide, 2)) + sit._positions(wide)
+    square = sit.embed(patchify(wide[..., 2:10], 2)) + sit.position
+    torch.testing.assert_close(embedded.reshape(3, 4, 6, 32)[:, :, 1:5].flatten(1, 2), square)
+
+
+def test_stored_positions_are_kept_and_do_not_stretch():
+    sit, (_, t, condition) = awake(positions="stored"), inputs()
+    assert "position" in sit.state_dict()
+    assert all(name != "position" for name, _ in sit.named_parameters())
+    with pytest.raises(ValueError, match="draws 4 x 4 tokens, not 4 x 6"):
+        sit(torch.randn(3, 4, 8, 12), t, condition)
 
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [({"patch": 3}, "patch"), ({"heads": 5}, "heads"), ({"align_depth": 9}, "align_depth")],
+    [
+        ({"patch": 3}, "patch"),
+        ({"heads": 5}, "heads"),
+        ({"align_depth": 9}, "align_depth"),
+        ({"conditioning": "modulation"}, "condition_width"),
+    ],
 )
 def test_impossible_shapes_are_refused(change, name):
     with pytest.raises(ValueError, match=f"sit.{name}"):
@@ -160,7 +195,7 @@ def test_a_finer_sit_says_of_an_even_latent_what_the_coarse_one_says():
         coarse.get_buffer("position").zero_()
         fine.get_buffer("position").zero_()
     flat = torch.randn(1, 4, 1, 1).expand(1, 4, 8, 8)
-    rest = (torch.tensor([0.5]), torch.randn(1, 5, 24))
+    rest = (torch.tensor([0.5]), torch.randn(1, 5, 32))
     torch.testing.assert_close(fine(flat, *rest).prediction, coarse(flat, *rest).prediction)
 
 

@@ -132,8 +132,8 @@ def test_a_conv_projector_looks_at_neighbours_and_an_mlp_does_not():
     changed = hidden.clone()
     changed[:, 0] += 1
     for config, moved in ((ProjectorConfig("mlp", 16), {0}), (ProjectorConfig("conv"), {0, 1, 4, 5})):
-        project = build_projector(config, 8, 6, (3, 4))
-        off = (project(changed) - project(hidden)).abs().sum(-1)[0]
+        project = build_projector(config, 8, 6)
+        off = (project(changed, (3, 4)) - project(hidden, (3, 4))).abs().sum(-1)[0]
         assert set(off.gt(1e-6).nonzero().flatten().tolist()) == moved
-    spread = build_projector(ProjectorConfig("conv"), 8, 6, (3, 4)).prepare(torch.randn(2, 12, 6) + 3)
+    spread = build_projector(ProjectorConfig("conv"), 8, 6).prepare(torch.randn(2, 12, 6) + 3)
     torch.testing.assert_close(spread.std(1), torch.ones(2, 6), rtol=1e-4, atol=1e-4)

@@ -126,7 +126,7 @@ def in_plain_torch(run: Run) -> tuple[list[dict[str, float]], dict[str, torch.Te
             told, t = config.told(batch, run.seed, BATCH), sit.noising.times(batch.index, run.seed)
             eps = noise(batch.index, run.seed, shape)
             coded = modules["vae"](batch.pixels, noise(batch.index, run.seed + POSTERIOR, shape))
-            features = [target(batch.pixels, sit.grid) for target in task.targets]
+            features = [target(batch.pixels, sit.sit.grid(eps)) for target in task.targets]
             off = coded.rebuilt - batch.pixels
             for name in ("main", "discriminator"):
                 modules[name].requires_grad_(False)

@@ -129,7 +129,8 @@ def parts(task: RepaeTask, pixels: Tensor, ranks: Ranks) -> dict[str, Callable[[
         distance = task.distance
         made["perceptual"] = lambda: both(lambda: distance(shown, pixels))
     if task.targets:
-        made["target"] = lambda: [target(pixels, task.sit.grid) for target in task.targets]
+        grid = task.sit.sit.grid(latents)
+        made["target"] = lambda: [target(pixels, grid) for target in task.targets]
     return made
 
 
@@ -157,7 +158,8 @@ class Official:
         posterior, pixels = noise(batch.index, POSTERIOR, shape).to(device), batch.pixels.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
-                seen = [target(pixels, task.sit.grid) for target in task.targets]
+                grid = sit.sit.grid(eps)
+                seen = [target(pixels, grid) for target in task.targets]
             latents, mean, logvar, rebuilt = vae(pixels, posterior)
             self._freeze(True)
             guesses = sit(told, latents, t, eps, False, align_only=True).guesses

@@ -34,7 +34,7 @@ from model.latent_norm import LatentNorm
 from model.noise import FlowConfig, Noising, build_noising, noise
 from model.perceptual import FeatureDistance, Perceptual, PerceptualConfig, load_perceptual
 from model.sit import SiT, SiTConfig
-from model.targets import Target, TargetConfig, load_target
+from model.targets import Grid, Target, TargetConfig, load_target
 from model.vae import LatentVAE, VAEConfig, load_vae
 from train.ema import kept
 from train.engine import Engine
@@ -194,9 +194,7 @@ class AlignedSiT(nn.Module):
         self.norm = LatentNorm(*statistics)
         self.labels = Labels(told.labels(config.condition_width))
         self.sit = SiT(config)
-        side = config.latent_size // config.patch
-        self.grid = (side, side)
-        self.projectors = nn.ModuleList(build_projector(projector, config.width, t.width, self.grid) for t in targets)
+        self.projectors = nn.ModuleList(build_projector(projector, config.width, t.width) for t in targets)
         self.noising: Noising = build_noising(flow)
 
     def forward(
@@ -207,7 +205,8 @@ class AlignedSiT(nn.Module):
         x0 = self.norm(latents, update)  # [B, c, h, w]
         depth = self.sit.config.align_depth if self.projectors else None
         out = self.sit(self.noising.mix(x0, eps, t), t, self.labels(*told), hidden_at=depth, stop=align_only)
-        return Predicted(out.prediction, x0, tuple(project(out.hidden) for project in self.projectors))
+        grid = self.sit.grid(latents)
+        return Predicted(out.prediction, x0, tuple(project(out.hidden, grid) for project in self.projectors))
 
 
 class RepaeTask(LoaderTask):
@@ -296,7 +295,13 @@ class RepaeTask(LoaderTask):
         until = self.config.align_until
         if self.sit is None or (until and self.steps >= until):
             return []
-        return [target(pixels, self.sit.grid) for target in self.targets]
+        grid = self._grid(pixels)
+        return [target(pixels, grid) for target in self.targets]
+
+    def _grid(self, pixels: Tensor) -> Grid:
+        """Rows and columns of the SiT's tokens over pictures [B, 3, H, W]."""
+        cell = self.coder.factor * self.sit.sit.config.patch
+        return pixels.shape[-2] // cell, pixels.shape[-1] // cell
 
     def _known(self, batch: LabelledBatch) -> Tensor:
         """Raw latents of unit-variance ones that were made once (data/precompute.py): the posterior's mean."""
@@ -334,7 +339,8 @@ class RepaeTask(LoaderTask):
     def _apart(self, distance: Perceptual, rebuilt: Tensor, pixels: Tensor, seen: list[Tensor]) -> Tensor:
         """The perceptual distance [R]; what the alignment's encoder saw in the pictures is not looked for again."""
         for target, features in zip(self.targets, seen, strict=False):  # nothing is seen once nothing is aligned
-            if isinstance(distance, FeatureDistance) and distance.target is target and distance.grid == self.sit.grid:
+            known = isinstance(distance, FeatureDistance) and distance.target is target
+            if known and distance.grid(pixels) == self._grid(pixels):
                 return distance(rebuilt, pixels, features[: len(pixels)])
         return distance(rebuilt, pixels)
 
