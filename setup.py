@@ -34,6 +34,7 @@ setup(
             "num2words>=0.5.14",
             "peft>=0.18",
             "matplotlib>=3.9",
+            "scikit-image>=0.25",
         ],
         "lora": ["peft>=0.18"],
         "smolvlm": ["num2words>=0.5.14"],

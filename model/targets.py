@@ -45,6 +45,11 @@ class Target:
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         return self
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._mean.device
+
     def __call__(self, pixels: Tensor, grid: Grid) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] -> features [B, N, E], float32."""
         with torch.autocast(pixels.device.type, enabled=False):

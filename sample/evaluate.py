@@ -2,10 +2,12 @@
 
 `world` asks for held-out scenes of the generated world and judges the pictures by the pixel reader (what is asked:
 `sample/world_suite.py`), then asks the MLLM about held-out pictures (`sample/world_answers.py`). `decoder` judges a SiT and
-its VAE before there is any language model (`sample/decoder_scores.py`).
+its VAE before there is any language model (`sample/decoder_scores.py`), `vae` a VAE alone (`sample/vae_scores.py`), `images`
+a folder of pictures (`sample/image_scores.py`).
 """
 
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +64,30 @@ class Decoder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VAE:
+    """Score how a VAE rebuilds a folder of pictures."""
+
+    vae: str
+    """A folder in diffusers' layout, or a hub id."""
+    pictures: Path
+    """The folder of pictures; of each its central square is taken."""
+    size: int = 256
+    """Pixels a side to which they are scaled."""
+    features: str = "assets/world/mllm"
+    """Whose features tell how far rebuilt pictures lie from real ones: a local distance, comparable with itself alone."""
+    lpips: Path | None = None
+    """A folder with the weights of LPIPS (see model/perceptual.py), for that as well."""
+    inception: Path | None = None
+    """Weights of Inception, for the rFID by torch-fidelity as well: weights-inception-2015-12-05-6726825d.pth."""
+    keep: Path | None = None
+    """Where to write the pictures, as they went in and as they came out."""
+    batch_size: int = 16
+    """Pictures at once."""
+    json: Path | None = None
+    """Where to write the measures."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Images:
     """Score a folder of drawn pictures against a folder of real ones."""
 
@@ -83,11 +109,14 @@ class Images:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the evaluation that the command line names."""
-    args = tyro.extras.subcommand_cli_from_dict({"world": World, "decoder": Decoder, "images": Images}, args=argv)
+    commands = {"world": World, "decoder": Decoder, "vae": VAE, "images": Images}
+    args = tyro.extras.subcommand_cli_from_dict(commands, args=argv)
     if isinstance(args, World):
         world(args)
     elif isinstance(args, Decoder):
         decoder(args)
+    elif isinstance(args, VAE):
+        vae(args)
     else:
         images(args)
 
@@ -121,6 +150,42 @@ def images(args: Images) -> None:
         protocol = {name: {"folder": str(getattr(args, name)), "pictures": len(each)} for name, each in files.items()}
         network = {"path": args.features, "sha256": fingerprint(tensors_of(target.encoder)), "pixels": args.size}
         write(args.json.with_suffix(".protocol.json"), protocol | {"features": network, "inception": str(args.inception)})
+
+
+def vae(args: VAE) -> None:
+    """Rebuilds, compares, prints the measures, and writes them where told.
+
+    Raises:
+        ValueError: a number is out of range, the folder holds no pictures, or a network cannot be loaded.
+    """
+    if args.size < 11 or args.batch_size < 1:
+        raise ValueError("give a --size of at least 11 and a --batch-size of at least 1")
+    from model.perceptual import LPIPSConfig, load_perceptual
+    from model.targets import TargetConfig, load_target
+    from model.vae import VAEConfig, load_vae
+    from sample.image_scores import by_inception, check_inception, pictures_in, pixels_of
+    from sample.measures import show, write_json
+    from sample.pipeline import default_device
+    from sample.vae_scores import REAL, REBUILT, score
+
+    files, device = pictures_in(args.pictures), default_device()
+    if args.inception is not None:
+        check_inception(args.inception)
+    scored = load_vae(VAEConfig(args.vae)).to(device)
+    if args.size % scored.factor:
+        raise ValueError(f"--size is {args.size} and the VAE takes {scored.factor} pixels to a latent; give a multiple")
+    target = load_target(TargetConfig(args.features, dtype="float32")).to(device)
+    lpips = None if args.lpips is None else load_perceptual(LPIPSConfig(str(args.lpips))).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        keep = args.keep or (Path(folder) if args.inception is not None else None)
+        batches = pixels_of(files, args.size, args.batch_size, _watch("rebuilding"))
+        measures = score(scored, batches, target, lpips, keep)
+        if args.inception is not None:
+            assert keep is not None
+            measures["vae.rfid"] = by_inception(keep / REAL, keep / REBUILT, args.inception, args.batch_size)["images.fid"]
+    show(f"{args.vae} on {args.pictures}", measures)
+    if args.json is not None:
+        write_json(args.json, measures)
 
 
 def decoder(args: Decoder) -> None:

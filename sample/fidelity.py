@@ -3,6 +3,7 @@
 Letters: B pictures, E width of features, H W pixels, c h w latent channels, height, width."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -44,6 +45,26 @@ def psnr(rebuilt: Tensor, pictures: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of pictures [B, 3, H, W] in [-1, 1], in decibels: [B]."""
     error = ((rebuilt.clamp(-1, 1) - pictures) / 2).square().flatten(1).mean(1)
     return -10 * error.clamp(min=1e-10).log10()
+
+
+def ssim(rebuilt: Tensor, pictures: Tensor, sigma: float = 1.5) -> Tensor:
+    """Structural similarity (Wang et al. 2004, eq. 13) of pictures [B, 3, H, W] in [-1, 1], at least 11 pixels a side: [B].
+    Under a gaussian window of 11 x 11, in the mean over channels and over places where it lies within the picture."""
+    if min(pictures.shape[-2:]) < 11:
+        raise ValueError(f"structural similarity needs pictures of 11 pixels a side, not {tuple(pictures.shape[-2:])}")
+    channels, places = pictures.shape[1], torch.arange(11, device=pictures.device) - 5
+    window = torch.exp(-(places**2) / (2 * sigma**2)).double()
+    window = (torch.outer(window, window) / window.sum() ** 2).expand(channels, 1, 11, 11)
+
+    def around(values: Tensor) -> Tensor:
+        return F.conv2d(values, window, groups=channels)
+
+    x, y = ((part.double().clamp(-1, 1) + 1) / 2 for part in (rebuilt, pictures))
+    mean_x, mean_y = around(x), around(y)
+    var_x, var_y = around(x * x) - mean_x**2, around(y * y) - mean_y**2
+    covariance = around(x * y) - mean_x * mean_y
+    light = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+    return (light * (2 * covariance + 0.03**2) / (var_x + var_y + 0.03**2)).flatten(1).mean(1).float()
 
 
 def spatial_variance(latents: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ By the features of any target encoder, which makes a local distance that is comp
 through torch-fidelity and a file of its weights, which makes the FID, IS and KID of the literature. Letters: B pictures of a
 batch, E width of features, H W pixels."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,14 @@ def pictures_in(folder: Path) -> list[Path]:
 @torch.no_grad()
 def features(files: list[Path], target: Target, size: int, batch_size: int, device: torch.device, watch: Watch) -> Tensor:
     """[B, E]: of each picture the mean over places, its central square scaled to `size` pixels."""
-    starts = watch(range(0, len(files), batch_size))
-    batches = (_pixels(files[start : start + batch_size], size) for start in starts)
+    batches = pixels_of(files, size, batch_size, watch)
     return torch.cat([target(pixels.to(device), FEATURE_GRID).mean(1).cpu() for pixels in batches])
+
+
+def pixels_of(files: list[Path], size: int, batch_size: int, watch: Watch) -> Iterator[Tensor]:
+    """[B, 3, H, W] in [-1, 1], the central square of each picture scaled to `size` pixels."""
+    for start in watch(range(0, len(files), batch_size)):
+        yield _pixels(files[start : start + batch_size], size)
 
 
 def local(real: Tensor, drawn: Tensor) -> dict[str, Measure]:
@@ -49,17 +54,23 @@ def local(real: Tensor, drawn: Tensor) -> dict[str, Measure]:
     }
 
 
-def by_inception(real: Path, drawn: Path, weights: Path, batch_size: int) -> dict[str, Measure]:
-    """FID, IS, KID, precision and recall as torch-fidelity computes them. Raises ValueError where it cannot be imported or
-    the weights are missing."""
+def check_inception(weights: Path) -> None:
+    """ValueError where torch-fidelity cannot be imported or its weights are missing."""
     if not weights.is_file():
         raise ValueError(
             f"--inception {weights} is no file; give torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
         )
     try:
-        from torch_fidelity import calculate_metrics  # pyright: ignore[reportMissingImports]
+        import torch_fidelity  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"--inception needs torch-fidelity and torchvision ({error}); pip install '.[fidelity]'") from error
+
+
+def by_inception(real: Path, drawn: Path, weights: Path, batch_size: int) -> dict[str, Measure]:
+    """FID, IS, KID, precision and recall as torch-fidelity computes them. Raises ValueError as `check_inception` does."""
+    check_inception(weights)
+    from torch_fidelity import calculate_metrics  # pyright: ignore[reportMissingImports]
+
     wanted = dict.fromkeys(("fid", "isc", "kid", "prc"), True)
     options: dict[str, Any] = {"feature_extractor_weights_path": str(weights), "batch_size": batch_size}
     found = calculate_metrics(

@@ -2,14 +2,17 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
+from data.transforms import to_tensor
 from data.world.captions import holds
 from data.world.questions import Question
 from data.world.render import render
 from data.world.scene import HELD_OUT_PAIRS
 from sample import evaluate
 from sample.cli import run
+from sample.fidelity import psnr, ssim
 from sample.measures import read_json
 from sample.world_answers import Exam, answers, best_guess, exams, understanding, wording
 from sample.world_drawing import drawing, judge
@@ -224,4 +227,35 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         ),
     ]:
         assert run(evaluate.main, argv) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_vae_is_scored_on_a_folder(tmp_path):
+    """Each picture alone, by two ways to one answer: the pictures that were kept, compared with one another."""
+    real = folder_of(tmp_path / "real", range(6), (40, 32))
+    vae = str(tiny.vae_folder(tmp_path / "vae"))
+    asked = (
+        f"vae --vae {vae} --pictures {real} --size 32 --batch-size 4 --keep {tmp_path}/kept --json {tmp_path}/scores.json"
+    )
+    evaluate.main(asked.split())
+    found = read_json(tmp_path / "scores.json")
+    before, after = (
+        [to_tensor(Image.open(p)) for p in sorted((tmp_path / "kept" / n).iterdir())] for n in ("real", "rebuilt")
+    )
+    assert len(before) == len(after) == found["vae.psnr"].n == 6
+    kept = psnr(torch.stack(after), torch.stack(before)).mean()
+    assert found["vae.psnr"].value == pytest.approx(float(kept), abs=0.05)  # PNG files round
+    assert found["vae.ssim"].value == pytest.approx(float(ssim(torch.stack(after), torch.stack(before)).mean()), abs=0.01)
+    assert found["vae.local_frechet"].value > 0
+
+
+def test_what_a_vae_cannot_be_asked_is_refused(tmp_path, capsys):
+    vae, real = tiny.vae_folder(tmp_path / "vae"), folder_of(tmp_path / "real", range(2))
+    for options, message in [
+        (["--size", "33"], "--size is 33 and the VAE takes 2 pixels to a latent"),
+        (["--size", "8"], "--size of at least 11"),
+        (["--size", "32", "--inception", "none.pth"], "none.pth is no file"),
+        (["--size", "32", "--lpips", str(tmp_path)], "lacks vgg16"),
+    ]:
+        assert run(evaluate.main, ["vae", "--vae", str(vae), "--pictures", str(real), *options]) == 2
         assert message in capsys.readouterr().err

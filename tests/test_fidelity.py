@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from skimage.metrics import structural_similarity
 
-from sample.fidelity import frechet, kernel_distance, precision_recall, psnr, spatial_variance
+from sample.fidelity import frechet, kernel_distance, precision_recall, psnr, spatial_variance, ssim
 
 
 def test_the_distance_of_two_gaussians_is_known():
@@ -53,6 +54,21 @@ def test_precision_falls_with_strangers_and_recall_with_what_is_missing():
 def test_psnr_of_a_known_error():
     pictures = torch.zeros(2, 3, 4, 4)
     assert psnr(pictures + 0.2, pictures).tolist() == pytest.approx([20.0, 20.0], rel=1e-5)  # 0.1 of the range
+
+
+def test_structural_similarity_is_that_of_scikit_image():
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.rand(2, 3, 20, 24, generator=generator) * 2 - 1
+    rebuilt = (pictures + 0.3 * torch.randn(pictures.shape, generator=generator)).clamp(-1, 1)
+    options = dict(channel_axis=0, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    expected = [
+        structural_similarity((a.double().numpy() + 1) / 2, (b.double().numpy() + 1) / 2, **options)
+        for a, b in zip(rebuilt, pictures, strict=True)
+    ]
+    assert ssim(rebuilt, pictures).tolist() == pytest.approx(expected, abs=1e-5)
+    assert ssim(pictures, pictures).tolist() == pytest.approx([1, 1])
+    with pytest.raises(ValueError, match="11 pixels"):
+        ssim(pictures[..., :9], pictures[..., :9])
 
 
 def test_latents_that_are_alike_everywhere_have_no_spatial_variance():
