@@ -11,7 +11,9 @@ from data.loader import Data, World
 from data.shards import Shards
 from data.told import ClassesTold
 from model.alignment import ProjectorConfig
+from model.connector import ConnectorConfig
 from model.discriminator import DiscriminatorConfig
+from model.mllm import MLLMConfig
 from model.perceptual import FeaturesConfig, LPIPSConfig
 from model.sit import SIZES, SiTConfig
 from model.targets import TargetConfig
@@ -22,6 +24,7 @@ from train.engine import EngineConfig
 from train.labelled import LabelledTaskConfig
 from train.loop import Schedule
 from train.optim import OptimConfig
+from train.prompts import PromptsTold
 from train.repae import RepaeTaskConfig, VAELosses
 
 SEES = "assets/world/mllm"
@@ -98,6 +101,20 @@ def decoder() -> Run:
         optim=replace(OPTIM, lr=5e-4),
         ema=EmaConfig(halflife_images=5_000),
     )
+
+
+def world_prompts() -> Run:
+    """The same, told captions: the frozen MLLM reads them, and queries and connector train along with SiT and VAE.
+
+    python -m train.run repae.world_prompts
+
+    2 CPU cores. Its release has a third part, bridge/, a MetaQuery that draws: `python -m sample.generate --release
+    runs/repae-world-prompts/release/bridge "a red circle"`.
+    """
+    run = world()
+    told = PromptsTold(MLLMConfig(SEES), queries=16, connector=ConnectorConfig(layers=2))
+    task, data = replace(_task(run), told=told), replace(run.data, task="t2i")
+    return replace(run, name="repae-world-prompts", task=task, data=data)
 
 
 def world_repa() -> Run:

@@ -41,6 +41,21 @@ class MetaQueryConfig:
     read: Literal["queries", "prompt"] = "queries"
 
 
+class Bridge(nn.Module):
+    """Queries and connector alone: what a decoder is told, where it is trained by other means. The MLLM is held outside."""
+
+    mllm: FrozenMLLM
+
+    def __init__(self, mllm: FrozenMLLM, queries: Queries, connector: Connector):
+        super().__init__()
+        object.__setattr__(self, "mllm", mllm)
+        self.queries, self.connector = queries, connector
+
+    def forward(self, prefix: Prefix | Prefilled) -> Tensor:
+        """Prefix of B rows -> conditioning [B, Q, C]."""
+        return self.connector(self.mllm.read(prefix, self.queries()))
+
+
 class MetaQuery(nn.Module):
     """Registers what may train: queries, connector, decoder. The MLLM and the VAE are held outside, so that neither an
     optimiser, a ZeRO engine nor a checkpoint ever sees them."""

@@ -298,7 +298,7 @@ def test_a_sit_goes_on_from_an_earlier_one(folder, tmp_path):
     first = build(run, start(60))
     first.release(tmp_path / "release")
     second = build(repae_run(folder, FP32, init=tmp_path / "release" / "sit"), start(60))
-    for part in ("sit", "labels"):
+    for part in ("sit", "teller"):
         ours, theirs = (getattr(task.sit, part).state_dict() for task in (second, first))
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     with pytest.raises(ValueError, match="has no labels"):

@@ -11,7 +11,9 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from data.loader import Data, World
 from model.alignment import ProjectorConfig, alignment
+from model.connector import ConnectorConfig
 from model.discriminator import DiscriminatorConfig
+from model.mllm import MLLMConfig
 from model.noise import noise
 from model.perceptual import FeaturesConfig
 from model.targets import TargetConfig
@@ -22,6 +24,7 @@ from train.engine import EngineConfig
 from train.loop import Schedule
 from train.loss import gaussian_kl, squared_error
 from train.optim import OptimConfig, adamw, learning_rate
+from train.prompts import PromptsTold
 from train.ranks import Ranks, start
 from train.repae import POSTERIOR, RepaeTask, RepaeTaskConfig, VAELosses
 
@@ -68,6 +71,15 @@ def repae_run(folder: Path, engine: EngineConfig, accumulation: int = 1, **chang
         engine=engine,
         seed=3,
     )
+
+
+def prompted_run(folder: Path, engine: EngineConfig, accumulation: int = 1, **changes: Any) -> Run:
+    """The same, told captions by a tiny MLLM."""
+    if not (folder / "mllm").exists():
+        tiny.mllm_folder(folder / "mllm")
+    told = PromptsTold(MLLMConfig(str(folder / "mllm"), dtype="float32"), queries=4, connector=ConnectorConfig(layers=1))
+    run = repae_run(folder, engine, accumulation, told=told, **changes)
+    return replace(run, data=replace(run.data, task="t2i"))
 
 
 def build(run: Run, ranks: Ranks) -> RepaeTask:

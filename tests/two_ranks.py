@@ -35,6 +35,7 @@ CASES: list[tuple[Stage, Precision]] = [
 ]
 ZERO_STAGES = (0, 1, 2, 3)
 REPAE = [f"repae-{zero}-{accumulation}" for zero in ZERO_STAGES for accumulation in (1, 2)]
+PROMPTED = "prompted-3-1"
 
 
 @functools.cache
@@ -42,7 +43,7 @@ def results() -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The folder of the launch, what rank 0 saw and what rank 1 saw."""
     out = Path(tempfile.mkdtemp(prefix="two-ranks-"))
     tiny.metaquery_config(out)
-    tiny_repae.repae_run(out, EngineConfig())
+    tiny_repae.prompted_run(out, EngineConfig())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*command, "-m", "tests.two_ranks", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=1200
@@ -124,9 +125,10 @@ def case(ranks: Ranks, out: Path, zero: Stage, precision: Precision) -> dict[str
 
 def repae(ranks: Ranks, out: Path, name: str) -> dict[str, Any]:
     """REPA-E's three engines; rank 0 leaves their weights in OUT/NAME.pt."""
-    zero, accumulation = (int(part) for part in name.split("-")[1:])
+    kind, zero, accumulation = name.split("-")[0], *(int(part) for part in name.split("-")[1:])
+    make = tiny_repae.repae_run if kind == "repae" else tiny_repae.prompted_run
     config = EngineConfig(zero=zero, precision="fp32", clip_norm=tiny_repae.CLIP_NORM)  # pyright: ignore[reportArgumentType]
-    run = tiny_repae.repae_run(out, config, accumulation)
+    run = make(out, config, accumulation)
     task = tiny_repae.build(run, ranks)
     tiny_repae.advance(task, run)
     found = tiny_repae.weights(task)
@@ -140,7 +142,7 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     ranks = start(timeout_seconds=300)
     seen = {f"{zero}-{precision}": case(ranks, out, zero, precision) for zero, precision in CASES}
-    seen |= {name: repae(ranks, out, name) for name in REPAE}
+    seen |= {name: repae(ranks, out, name) for name in (*REPAE, PROMPTED)}
     for zero in ZERO_STAGES:
         run.main(tiny_run(out, out / f"tiny-{zero}", "--engine.zero", str(zero)))
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(seen))

@@ -96,19 +96,20 @@ class LabelledSiT(nn.Module):
     def start(self, release: Path) -> None:
         """Take over what `release` wrote; of a coarser SiT, what `finer` keeps; a head over other points starts afresh.
         Raises ValueError when a file is missing or does not fit."""
-        start_from(release, self.labels, self.sit)
+        start_from(release, self.sit, self.labels)
         if self.head is not None and (release / HEAD_FILE).is_file():
             head = load_head(str(release))
             if head.points == self.head.points:
                 self.head.load_state_dict(head.state_dict())
 
 
-def start_from(release: Path, labels: Labels, sit: SiT) -> None:
-    """Take over the labels and the SiT (of a coarser one what `finer` keeps) that a labelled run released. Raises ValueError
-    when one is missing or does not fit."""
-    found = load_labels(release).state_dict()
-    match(found, labels.state_dict(), release)
-    labels.load_state_dict(found)
+def start_from(release: Path, sit: SiT, labels: Labels | None) -> None:
+    """Take over the SiT (of a coarser one what `finer` keeps), and the labels where they are wanted, that a labelled run
+    released. Raises ValueError when one is missing or does not fit."""
+    if labels is not None:
+        found = load_labels(release).state_dict()
+        match(found, labels.state_dict(), release)
+        labels.load_state_dict(found)
     sit.load_state_dict(finer(load_sit(str(release)), sit.config).state_dict())
 
 

@@ -20,17 +20,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.batch import LabelledBatch, LabelledCollate
+from data.batch import LabelledBatch, LabelledCollate, T2IBatch, TextToImageCollate
 from data.latents import check_latents
 from data.loader import Loader
 from data.shards import Shards
-from data.told import ScenesTold, Told
+from data.told import ClassesTold, ScenesTold, Told
 from model.alignment import ProjectorConfig, alignment, build_projector
 from model.assets import fingerprint, tensors_of
 from model.autoencoder import Autoencoder, Coded
 from model.discriminator import Discriminator, DiscriminatorConfig
 from model.labels import Labels
 from model.latent_norm import LatentNorm
+from model.metaquery import Bridge
 from model.noise import FlowConfig, Noising, build_noising, noise
 from model.perceptual import FeatureDistance, Perceptual, PerceptualConfig, load_perceptual
 from model.sit import SiT, SiTConfig
@@ -41,6 +42,7 @@ from train.engine import Engine
 from train.labelled import start_from
 from train.loss import gaussian_kl, hinge, squared_error
 from train.optim import OptimConfig
+from train.prompts import PromptsTold
 from train.ranks import Ranks
 from train.task import LoaderTask, engine_for, loader_for
 
@@ -74,7 +76,8 @@ class RepaeTaskConfig:
     """What the VAE starts from, or stays."""
     sit: SiTConfig | None
     """None: the VAE alone."""
-    told: Told = field(default_factory=ScenesTold)
+    told: Told | PromptsTold = field(default_factory=ScenesTold)
+    """What the SiT is told of each picture: its scene, its class, or what a frozen MLLM reads in its caption."""
     noise: FlowConfig = field(default_factory=FlowConfig)
     train_vae: bool = True
     fresh_vae: bool = False
@@ -115,29 +118,31 @@ class RepaeTaskConfig:
             raise ValueError("task.init is a SiT to go on from, and task.sit is None; leave one of them out")
         if not 0 < self.recon_fraction <= 1:
             raise ValueError(f"task.recon_fraction is {self.recon_fraction}; give a share above 0, up to 1")
-        if self.flip and isinstance(self.told, ScenesTold):
-            raise ValueError("task.flip would contradict the places that scenes tell; set it to False")
+        if self.flip and not isinstance(self.told, ClassesTold):
+            raise ValueError("task.flip would contradict the places that scenes and captions tell; set it to False")
 
     def build(self, run: Run, ranks: Ranks) -> RepaeTask:
         """Load what is frozen, make the rest, and hand each network that trains to an engine."""
-        if run.data.task != "labelled":
-            raise ValueError(f"data.task is {run.data.task}; REPA-E learns from labelled pictures")
+        wanted = "t2i" if isinstance(self.told, PromptsTold) else "labelled"
+        if run.data.task != wanted:
+            raise ValueError(f"data.task is {run.data.task}, and what task.told tells is in samples of {wanted}; give that")
         vae = load_vae(self.vae, weights=not self.fresh_vae)
         coder = Autoencoder(vae.autoencoder)
         self._check(coder, run.data.image_size, ranks)
         for source in run.data.sources:
             if isinstance(source, Shards) and source.latents is not None:
-                if self.train_vae or self.flip:
+                if self.train_vae or self.flip or wanted == "t2i":
                     raise ValueError(
-                        "data.sources latents are those of a VAE that stays, and of pictures as they are; leave them out"
+                        "data.sources latents serve a VAE that stays, and labelled pictures as they are; leave them out"
                     )
                 check_latents(Path(source.latents), vae, run.data.image_size)
         targets = [load_target(target).to(ranks.device) for target in self.targets]
         modules: dict[str, nn.Module] = {}
         if self.sit is not None:
-            modules["main"] = main = AlignedSiT(self.sit, self.told, self.noise, self.projector, targets, vae.statistics)
+            teller = self._teller(self.sit, ranks)
+            modules["main"] = main = AlignedSiT(self.sit, teller, self.noise, self.projector, targets, vae.statistics)
             if self.init is not None:
-                start_from(self.init, main.labels, main.sit)
+                start_from(self.init, main.sit, teller if isinstance(teller, Labels) else None)
         if self.train_vae:
             modules["vae"] = coder.requires_grad_(True).train()
             if self.discriminator is not None and self.losses.adversarial:
@@ -151,8 +156,23 @@ class RepaeTaskConfig:
         distance = None
         if self.train_vae and self.perceptual is not None and self.losses.perceptual:
             distance = load_perceptual(self.perceptual, targets).to(ranks.device)
-        loader = loader_for(LabelledCollate(run.data.image_size, self.flip, run.seed), run, ranks)
+        loader = loader_for(self._collate(modules.get("main"), run), run, ranks)
         return RepaeTask(self, engines, coder, vae.to(ranks.device), targets, distance, loader, run, ranks)
+
+    def _teller(self, sit: SiTConfig, ranks: Ranks) -> Labels | Bridge:
+        if not isinstance(self.told, PromptsTold):
+            return Labels(self.told.labels(sit.condition_width))
+        if self.told.queries > sit.condition_tokens:
+            raise ValueError(
+                f"task.told.queries is {self.told.queries} and task.sit.condition_tokens {sit.condition_tokens}; raise that"
+            )
+        return self.told.build(sit.condition_width, ranks.device)
+
+    def _collate(self, main: nn.Module | None, run: Run) -> LabelledCollate | TextToImageCollate:
+        data = run.data
+        if isinstance(main, AlignedSiT) and isinstance(main.teller, Bridge):
+            return TextToImageCollate(main.teller.mllm.builder, data.image_size, data.dropout, run.seed)
+        return LabelledCollate(data.image_size, self.flip, run.seed)
 
     def _check(self, coder: Autoencoder, image_size: int, ranks: Ranks) -> None:
         """ValueError where the parts do not fit each other or the machine."""
@@ -184,7 +204,7 @@ class AlignedSiT(nn.Module):
     def __init__(
         self,
         config: SiTConfig,
-        told: Told,
+        teller: Labels | Bridge,
         flow: FlowConfig,
         projector: ProjectorConfig,
         targets: list[Target],
@@ -192,19 +212,22 @@ class AlignedSiT(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = LatentNorm(*statistics)
-        self.labels = Labels(told.labels(config.condition_width))
+        self.teller = teller
         self.sit = SiT(config)
         self.projectors = nn.ModuleList(build_projector(projector, config.width, t.width) for t in targets)
         self.noising: Noising = build_noising(flow)
 
     def forward(
-        self, told: tuple[Tensor, Tensor], latents: Tensor, t: Tensor, eps: Tensor, update: bool, align_only: bool = False
+        self, told: tuple[Any, ...], latents: Tensor, t: Tensor, eps: Tensor, update: bool, align_only: bool = False
     ) -> Predicted:
-        """told: words [B, L, K] and places [B, L, 3]; raw latents [B, c, h, w], t [B], eps [B, c, h, w]. `update` normalises
-        by this batch and moves the running statistics; `align_only` stops at the aligned layer."""
+        """told: words [B, L, K] and places [B, L, 3], or captions that were read; raw latents [B, c, h, w], t [B], eps
+        [B, c, h, w]. `update` normalises by this batch and moves the running statistics; `align_only` stops at the aligned
+        layer."""
         x0 = self.norm(latents, update)  # [B, c, h, w]
         depth = self.sit.config.align_depth if self.projectors else None
-        out = self.sit(self.noising.mix(x0, eps, t), t, self.labels(*told), hidden_at=depth, stop=align_only)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not align_only):  # that is asked for the latents' sake
+            condition = self.teller(*told)  # [B, L, C]
+        out = self.sit(self.noising.mix(x0, eps, t), t, condition, hidden_at=depth, stop=align_only)
         grid = self.sit.grid(latents)
         return Predicted(out.prediction, x0, tuple(project(out.hidden, grid) for project in self.projectors))
 
@@ -234,8 +257,9 @@ class RepaeTask(LoaderTask):
         """Optimizer steps so far."""
         return next(iter(self.engines.values())).steps
 
-    def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
+    def step(self, batch: LabelledBatch | T2IBatch) -> dict[str, Tensor]:
         """The published step: the VAE's, the discriminator's on what was just rebuilt, and the SiT's on the latents."""
+        assert batch.pixels is not None, "the task's build refuses captions with latents"
         config, device = self.config, self.ranks.device
         shape = self.coder.latent_shape(batch.pixels)
         posterior = noise(batch.index, self.seed + POSTERIOR, shape).to(device)  # [B, c, h, w]
@@ -265,6 +289,8 @@ class RepaeTask(LoaderTask):
             parts["vae"] = self.vae.autoencoder
         if self.distance is not None:
             parts["perceptual"] = self.distance.network
+        if self.sit is not None and isinstance(self.sit.teller, Bridge):
+            parts["mllm"] = self.sit.teller.mllm.model
         return {name: fingerprint(tensors_of(part)) for name, part in parts.items()}
 
     def preview(self, folder: Path, step: int) -> None:
@@ -284,9 +310,11 @@ class RepaeTask(LoaderTask):
         after = self.config.freeze_vae_after
         return "vae" in self.engines and not (after and self.steps >= after)
 
-    def _given(self, batch: LabelledBatch, shape: tuple[int, int, int]) -> tuple[Any, Tensor, Tensor]:
-        """What both passes through the SiT share: labels, times [B] and noise [B, c, h, w], addressed by sample number."""
+    def _given(self, batch: Any, shape: tuple[int, int, int]) -> tuple[Any, Tensor, Tensor]:
+        """What both passes through the SiT share: what is told, times [B] and noise [B, c, h, w], by sample number."""
         told = tuple(part.to(self.ranks.device) for part in self.config.told(batch, self.seed, self.batch_size))
+        if isinstance(self.sit.teller, Bridge):  # captions are read once for both
+            told = (self.sit.teller.mllm.prefill(*told),)
         t = self.sit.noising.times(batch.index, self.seed).to(self.ranks.device)
         return told, t, noise(batch.index, self.seed, shape).to(self.ranks.device)
 
@@ -303,7 +331,7 @@ class RepaeTask(LoaderTask):
         cell = self.coder.factor * self.sit.sit.config.patch
         return pixels.shape[-2] // cell, pixels.shape[-1] // cell
 
-    def _known(self, batch: LabelledBatch) -> Tensor:
+    def _known(self, batch: LabelledBatch | T2IBatch) -> Tensor:
         """Raw latents of unit-variance ones that were made once (data/precompute.py): the posterior's mean."""
         assert batch.latents is not None
         return self.vae.raw(batch.latents.to(self.ranks.device))

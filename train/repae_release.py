@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data.transforms import to_pil
-from model.decoder import save_sit
+from model.decoder import SiTDecoder, SiTDecoderConfig, save_sit
 from model.files import dump_config, publish, write_json, write_whole
-from model.labels import LABELS_FILE
+from model.labels import LABELS_FILE, Labels
+from model.metaquery import Bridge, MetaQuery, MetaQueryConfig
 from model.noise import noise
+from model.store import save
+from model.vae import LatentVAE, VAEConfig
 from sample.grid import Cell, Row, table
 from sample.labelled import NOISE_FILE
 from sample.solver import solve
+from train.prompts import PromptsTold
 
 if TYPE_CHECKING:
     from train.repae import RepaeTask
@@ -27,7 +31,8 @@ DRAWING_STEPS = 16
 
 def release(task: RepaeTask, folder: Path) -> None:
     """vae/: an AutoencoderKL whose config carries the statistics of its latents; sit/: the SiT, its labels beside it, both
-    averaged; noise.json: the schedule. Every rank calls it, the first writes."""
+    averaged; noise.json: the schedule; where captions were read, bridge/: the MetaQuery of the two. Every rank calls it, the
+    first writes."""
     with _averaged(task):
         if not task.ranks.first:
             return
@@ -38,8 +43,28 @@ def release(task: RepaeTask, folder: Path) -> None:
         with publish(folder) as draft:
             autoencoder.save_pretrained(draft / "vae")
             if task.sit is not None:
-                save_sit(draft / "sit", task.sit.sit, {LABELS_FILE: task.sit.labels.state_dict()})
+                teller = task.sit.teller
+                beside = {LABELS_FILE: teller.state_dict()} if isinstance(teller, Labels) else {}
+                save_sit(draft / "sit", task.sit.sit, beside)
                 write_json(draft / NOISE_FILE, dump_config(task.config.noise))
+                if isinstance(teller, Bridge):
+                    save(draft / "bridge", _metaquery(task, teller, folder, LatentVAE(autoencoder)))
+
+
+def _metaquery(task: RepaeTask, bridge: Bridge, folder: Path, vae: LatentVAE) -> MetaQuery:
+    """The model whose decoder and VAE will lie in `folder`."""
+    told = task.config.told
+    assert isinstance(told, PromptsTold)
+    config = MetaQueryConfig(
+        mllm=told.mllm,
+        decoder=SiTDecoderConfig(path=str(folder / "sit")),
+        vae=VAEConfig(str(folder / "vae")),
+        queries=told.queries,
+        connector=told.connector,
+        noise=task.config.noise,
+    )
+    own = copy.deepcopy((bridge.queries, bridge.connector, task.sit.sit))  # freezing them must not reach what trains
+    return MetaQuery(config, bridge.mllm, vae, own[0], own[1], SiTDecoder(own[2]))
 
 
 def preview(task: RepaeTask, path: Path) -> None:
@@ -54,8 +79,8 @@ def preview(task: RepaeTask, path: Path) -> None:
         rebuilt = task.coder(pixels.to(dtype), torch.zeros(1, device=device)).rebuilt
         headings, columns = ["picture", "rebuilt"], [pixels, rebuilt]
         if task.sit is not None:
-            words, places = (part[:SHOWN].to(device) for part in task.config.told.whole(batch, task.seed))
-            condition = task.sit.labels(words, places)
+            told = (part.to(device) for part in task.config.told.whole(batch, task.seed))
+            condition = task.sit.teller(*told)[:SHOWN]
             start = noise(batch.index[:SHOWN], task.seed + 1, shape).to(device)
             latents = solve(lambda x, t: task.sit.sit(x, t, condition).prediction, start, DRAWING_STEPS, task.sit.noising)
             mean, std = (torch.tensor(part, device=device).view(1, -1, 1, 1) for part in task.sit.norm.statistics())
