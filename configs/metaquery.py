@@ -40,7 +40,7 @@ def world() -> Run:
     model = MetaQueryConfig(
         mllm=MLLMConfig("assets/world/mllm"),
         decoder=SiTDecoderConfig(path="assets/world/sit"),
-        vae=VAEConfig("assets/world/vae"),
+        vae=VAEConfig("assets/world/tuned_vae"),
         queries=16,
         connector=ConnectorConfig(layers=2),
         noise=NOISE,  # as its SiT was trained

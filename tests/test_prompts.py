@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 
 def test_steps_are_those_of_plain_optimizers_and_the_mllm_stays(folder):
-    """Read once for two passes here, twice in plain torch; queries and connector have gradients from the SiT's loss alone."""
+    """Read once for two passes here, twice in plain torch; what trains of the bridge learns from the SiT's loss alone."""
     run = prompted_run(folder, FP32)
     expected, trained = in_plain_torch(run)
     task = build(run, start(60))
@@ -84,11 +84,14 @@ def test_what_does_not_fit_is_refused(folder):
     told = run.task.told
     for changed, message in [
         (replace(run, data=replace(run.data, task="labelled")), "what task.told tells is in samples of t2i"),
-        (replace(run, task=replace(run.task, told=replace(told, queries=65))), "queries is 65 and task.sit.condition_tokens"),
+        (
+            replace(run, task=replace(run.task, told=replace(told, queries=65))),
+            "queries is 65 and task.sit.condition_tokens",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             build(changed, start(60))
-    with pytest.raises(ValueError, match="task.flip would contradict"):
+    with pytest.raises(ValueError, match="would contradict the places"):
         replace(run.task, flip=True)
     with pytest.raises(ValueError, match=r"task.told.queries is 0; give 1 or more"):
         replace(told, queries=0)

@@ -1,4 +1,5 @@
-"""Rebuilds what ships with the code: the embedded MLLM, VAE, SiT and bridge, each from the ones before it.
+"""Rebuilds what ships with the code: the embedded MLLM, VAE, SiT and bridge, each from the ones before it. The VAE is made
+alone, then tuned together with the SiT (REPA-E), and both go on alone from there.
 
     python -m train.assets            # all of them; goes on where it was stopped
     python -m train.assets bridge     # one of them, on top of those that are there
@@ -44,7 +45,15 @@ STAGES = (
     Stage("vae", "world.vae", "vae"),
     Stage("vae_decoder", "world.vae_decoder", "vae"),
     Stage("coarse", "world.coarse_decoder", None),
-    Stage("sit", "world.decoder", "sit", ("--task.init", "runs/assets/coarse/release")),
+    Stage("sit", "world.decoder", None, ("--task.init", "runs/assets/coarse/release")),
+    Stage("joint", "repae.decoder", None, ("--task.init", "runs/assets/sit/release")),
+    Stage("tuned_vae", "world.vae_decoder", "tuned_vae", ("--task.init", "runs/assets/joint/release/vae")),
+    Stage(
+        "tuned",
+        "world.tuned_decoder",
+        "sit",
+        ("--task.init", "runs/assets/joint/release/sit", "--task.vae.path", "runs/assets/joint/release/vae"),
+    ),
     Stage("tell", "metaquery.tell", None),
     Stage("bridge", "metaquery.world", "release", ("--task.init", "runs/assets/tell/release", "--optim.lr", "2e-4")),
 )

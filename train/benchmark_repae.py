@@ -1,9 +1,11 @@
 """How long a REPA-E step takes, by part, and against the official way to write it: `python -m train.benchmark repae`.
 
-The official way is that of End2End-Diffusion/REPA-E: float32 weights under autocast, a perceptual loss in float32, the other
-networks frozen for one sum of the VAE's losses, real and false pictures through the discriminator one after the other, the
-cosine of the alignment in a loop over samples, upsampling before convolutions, nothing compiled. Ours is the engines' step
-as the run configures it. They take turns in one process, on the same batch.
+The official way is that of End2End-Diffusion/REPA-E: float32 weights under autocast, a perceptual loss in float32 that
+looks at real pictures anew, the other networks frozen for one sum of the VAE's losses, real and false pictures through the
+discriminator one after the other (and gradients to the real ones), the cosine of the alignment in a loop over samples,
+torch's attention and AdamW as they come, an average of the SiT in a loop over its tensors, upsampling before convolutions,
+nothing compiled. Ours is the engines' step as the run configures it; and that with half of each batch rebuilt, which is no
+longer the same step. They take turns in one process, on the same batch.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batch import LabelledBatch
+from model.attention import fused
 from model.noise import noise
 from model.perceptual import FeaturesConfig
 from model.upsample import split_upsampling
 from sample.measures import Measure, show, spread
 from train.loss import gaussian_kl, squared_error
 from train.machine import record
-from train.optim import adamw
 from train.ranks import Ranks, start
 from train.repae import POSTERIOR, RepaeTask, RepaeTaskConfig
 
@@ -69,8 +71,13 @@ def repae(args: Repae) -> None:
         slow = replace(slow, target=replace(slow.target, dtype="float32"))
     official = Official(replace(config, perceptual=slow).build(plain, ranks), ranks)
     ours = config.build(replace(run, engine=replace(run.engine, compile=args.compile or run.engine.compile)), ranks)
+    half = replace(config, recon_fraction=0.5).build(replace(run, engine=ours.engines["main"].config), ranks)
     batch: LabelledBatch = next(ours.batches(0))
-    ways: dict[str, Callable[[], Any]] = {"step": partial(ours.step, batch), "official_step": partial(official.step, batch)}
+    ways: dict[str, Callable[[], Any]] = {
+        "step": partial(ours.step, batch),
+        "official_step": partial(official.step, batch),
+        "half_step": partial(half.step, batch),
+    }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(args.repeats + 1):
         for way, step in ways.items():
@@ -78,8 +85,9 @@ def repae(args: Repae) -> None:
             if repeat:  # the first of each warms up
                 seconds[way].append(elapsed)
     measures = {f"speed.{way}": spread(elapsed, "s") for way, elapsed in seconds.items()}
-    ratios = [theirs / mine for mine, theirs in zip(seconds["step"], seconds["official_step"], strict=True)]
-    measures["speed.step_ratio"] = spread(ratios, "x")
+    for name in ("step", "half_step"):
+        ratios = [theirs / mine for mine, theirs in zip(seconds[name], seconds["official_step"], strict=True)]
+        measures[f"speed.{name}_ratio"] = spread(ratios, "x")
     measures["speed.images"] = Measure(args.batch_size / measures["speed.step"].value, n=args.repeats, unit="1/s")
     for part, step in parts(ours, batch.pixels.to(ranks.device), ranks).items():
         measures[f"speed.part.{part}"] = spread([timed(step, ranks) for _ in range(args.repeats + 1)][1:], "s")
@@ -141,13 +149,21 @@ class Official:
         self.task, self.ranks, self.config = task, ranks, task.config
         self.modules: dict[str, nn.Module] = {name: engine.module for name, engine in task.engines.items()}
         split_upsampling(self.modules["vae"])
+        self.average = copy.deepcopy(self.modules["main"])
         optims = {"vae": self.config.vae_optim, "discriminator": self.config.discriminator_optim}
-        self.optimizers = {
-            name: adamw(module, optims.get(name) or task.engines[name].optim) for name, module in self.modules.items()
-        }
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        for name, module in self.modules.items():
+            optim = optims.get(name) or task.engines[name].optim
+            self.optimizers[name] = torch.optim.AdamW(module.parameters(), optim.lr, optim.betas)
 
     def step(self, batch: Any) -> None:
-        """VAE, discriminator, SiT; each clipped and stepped by itself."""
+        """VAE, discriminator, SiT, each clipped and stepped by itself; the average follows."""
+        with fused():
+            self._step(batch)
+        for kept, new in zip(self.average.parameters(), self.modules["main"].parameters(), strict=True):
+            kept.data.mul_(0.9999).add_(new.data, alpha=0.0001)
+
+    def _step(self, batch: Any) -> None:
         task, weights, device = self.task, self.config.losses, self.ranks.device
         sit, vae, judge = (self.modules.get(name) for name in ("main", "vae", "discriminator"))
         assert sit is not None
@@ -173,7 +189,7 @@ class Official:
         self._freeze(False)
         with torch.autocast(device.type, torch.bfloat16):
             if judge is not None:
-                real, false = judge(pixels), judge(rebuilt.detach())
+                real, false = judge(pixels.requires_grad_(True)), judge(rebuilt.detach())
                 self._update("discriminator", 0.5 * (F.relu(1 - real).mean() + F.relu(1 + false).mean()))
             predicted = sit(told, latents.detach(), t, eps, True)
             target = task.sit.noising.target(predicted.latents, eps, t)
