@@ -14,9 +14,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from webdataset.writer import TarWriter
 
+from data.parallel import bar
 from data.records import BadSample
 from data.shard_index import MAX_BYTES
 from data.transforms import decode_image
@@ -96,8 +96,7 @@ def members(item: Item, key: str) -> dict[str, bytes]:
 def _write(jobs: Sequence[Job], read: Callable[[Job], Item], folder: Path, shard_size: int) -> Written:
     skipped: Counter[str] = Counter()
     samples = shards = 0
-    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with bar("packing") as progress:
         packed = _pack(progress.track(jobs), read, skipped)
         while first := next(packed, None):
             with (

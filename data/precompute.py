@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from webdataset.writer import TarWriter
 
 from data.latents import NOTE, encode_array, latent_fingerprint, note, shard_state
+from data.parallel import bar
 from data.records import BadSample
 from data.shard_index import ShardIndex, index_shard
 from data.shards import ShardSource, expand
@@ -79,9 +79,8 @@ def encode(args: Args) -> None:
     fingerprint = latent_fingerprint(vae, args.image_size)
     indexes = [index_shard(path) for path in paths]
     _announce(args, fingerprint, {Path(index.path).name: shard_state(index) for index in indexes})
-    columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     skipped = 0
-    with Progress(*columns) as progress:
+    with bar("encoding") as progress:
         for index in progress.track(indexes[first::parts]):
             target = args.out / Path(index.path).name
             if not target.is_file():

@@ -32,24 +32,32 @@ class ShardIndex:
     keys: np.ndarray  # [samples] UTF-8 bytes
     extensions: tuple[str, ...]
     spans: np.ndarray  # [samples, extensions, 2] int64: offset and size in bytes; size -1 where there is no such member
+    sha256: str | None = None  # of the whole shard, where data.index has read it all
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
-def index_shard(path: str) -> ShardIndex:
-    """The index of the shard at `path`, read from its cache or made. ValueError if the shard is not a whole tar."""
+def index_shard(path: str, digest: bool = False) -> ShardIndex:
+    """The index of the shard at `path`, read from its cache or made; with `digest`, one that knows the shard's sha256.
+    ValueError if the shard is not a whole tar."""
     state = os.stat(path)
     stamp = {"version": VERSION, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
     for cache in _caches(path):
         content = _cached(cache, stamp)
-        if content is not None:
+        if content is not None and (content.get("sha256") or not digest):
             return _to_index(path, content)
-    content = stamp | scan(path)
+    content = stamp | scan(path) | ({"sha256": sha256_of(path)} if digest else {})
     for cache in _caches(path):
         if _write(cache, content):
             break
     return _to_index(path, content)
+
+
+def sha256_of(path: str) -> str:
+    """Of a shard's bytes, all of them."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def scan(path: str) -> dict[str, list]:
@@ -121,4 +129,4 @@ def _write(cache: Path, content: dict) -> bool:
 def _to_index(path: str, content: dict) -> ShardIndex:
     keys = np.array([key.encode(errors="surrogateescape") for key in content["keys"]], dtype=bytes)
     spans = np.array(content["spans"], dtype=np.int64).reshape(len(keys), len(content["extensions"]), 2)
-    return ShardIndex(path, keys, tuple(content["extensions"]), spans)
+    return ShardIndex(path, keys, tuple(content["extensions"]), spans, content.get("sha256"))

@@ -1,0 +1,84 @@
+"""Shards -> their indexes and the sha256 of each, made ahead of a training and in parallel.
+
+    python -m data.index 'shards/*.tar'
+    python -m data.index 'shards/*.tar' --verify        # later, or on another machine: is every byte what it was?
+
+An index lies beside its shard as NAME.tar.idx.json (count, offsets and sizes of members, bytes, sha256), or in the user's
+cache folder where the shard's folder cannot be written. Training makes missing ones by itself, without the sha256 and on one
+core. Exit code 1 when a shard is damaged or has changed, each named.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+
+from data.parallel import each_shard
+from data.shard_index import index_shard, sha256_of
+from data.shards import expand
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Index shards."""
+
+    urls: tyro.conf.Positional[str]
+    """Paths of the shards, with braces and wildcards."""
+    verify: bool = False
+    """Read every shard again, and compare with the sha256 that its index has."""
+    jobs: int = 0
+    """Processes; 0: one for each core."""
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """One shard."""
+
+    samples: int = 0
+    size: int = 0  # bytes
+    problem: str | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 when every shard is whole, 1 when one is not, 2 with one sentence for input that cannot be used."""
+    args = tyro.cli(Args, args=arguments, prog="python -m data.index", description=__doc__)
+    try:
+        work = _verified if args.verify else _indexed
+        found = list(each_shard(work, expand(args.urls), args.jobs, "verifying" if args.verify else "indexing"))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for shard in found:
+        if shard.problem:
+            print(shard.problem, file=sys.stderr)
+    whole = [shard for shard in found if not shard.problem]
+    size = sum(shard.size for shard in whole)
+    print(
+        f"samples {sum(shard.samples for shard in whole):,}, shards {len(whole):,} of {len(found):,}, {size / 1e6:,.1f} MB"
+    )
+    return int(len(whole) < len(found))
+
+
+def _indexed(path: str) -> Indexed:
+    try:
+        return Indexed(len(index_shard(path, digest=True)), os.path.getsize(path))
+    except (ValueError, OSError) as error:
+        return Indexed(problem=str(error))
+
+
+def _verified(path: str) -> Indexed:
+    try:
+        index = index_shard(path)
+        if index.sha256 is None:
+            return Indexed(problem=f"shard {path} has no sha256 to compare with, or has changed since; index it first")
+        if sha256_of(path) != index.sha256:
+            return Indexed(problem=f"shard {path} is damaged: its bytes are not those that were indexed; fetch it again")
+        return Indexed(len(index), os.path.getsize(path))
+    except (ValueError, OSError) as error:
+        return Indexed(problem=str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
