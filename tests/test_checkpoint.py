@@ -31,8 +31,9 @@ def root(task, tmp_path):
     return tmp_path
 
 
-def save(task, root, step: int, keep: int = 2):
-    return checkpoint.save(root, step, step * BATCH, task.engines, {"seed": 0}, keep, start(60))
+def save(task, root, step: int, keep: int = 2, every: int = 0):
+    kept = checkpoint.Keep(keep, every)
+    return checkpoint.save(root, step, step * BATCH, task.engines, {"seed": 0}, kept, start(60))
 
 
 def find(root, resume="auto"):
@@ -52,6 +53,12 @@ def test_files_are_readable_by_others_and_old_ones_go(task, root):
     save(task, root, 3)
     assert [path.name for path in sorted(root.iterdir())] == ["step-00000002", "step-00000003"]
     assert all(stat.S_IMODE(path.stat().st_mode) & 0o044 for path in (root / "step-00000003").iterdir())
+
+
+def test_those_of_every_so_many_steps_stay(task, tmp_path):
+    for step in range(1, 8):
+        save(task, tmp_path, step, keep=2, every=3)
+    assert [path.name[-1] for path in checkpoint.held(tmp_path)] == ["3", "6", "7"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "no manifest"])

@@ -48,7 +48,7 @@ def test_resumed_equals_straight_bit_for_bit(folder, tmp_path):
     straight, stopped, resumed = (build(run, ranks) for _ in range(3))
     advance(straight, run)
     advance(stopped, run, 0, 2)
-    path = checkpoint.save(tmp_path, 2, 2 * BATCH, stopped.engines, {}, 1, ranks)
+    path = checkpoint.save(tmp_path, 2, 2 * BATCH, stopped.engines, {}, checkpoint.Keep(1), ranks)
     checkpoint.load(path, resumed.engines, ranks)
     advance(resumed, run, 2, STEPS)
     expected, found = weights(straight), weights(resumed)

@@ -241,7 +241,7 @@ def test_resumed_equals_straight_bit_for_bit(folder, tmp_path):
     run, ranks = repae_run(folder, replace(FP32, precision="autocast")), start(60)
     straight = build(run, ranks)
     advance(straight, run, 0, 2)
-    path = checkpoint.save(tmp_path, 2, 2 * BATCH, straight.engines, {}, 1, ranks)
+    path = checkpoint.save(tmp_path, 2, 2 * BATCH, straight.engines, {}, checkpoint.Keep(1), ranks)
     advance(straight, run, 2, STEPS)
     resumed = build(run, ranks)
     checkpoint.load(path, resumed.engines, ranks)

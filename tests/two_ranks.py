@@ -75,7 +75,9 @@ def case(ranks: Ranks, out: Path, zero: Stage, precision: Precision) -> dict[str
     config = EngineConfig(zero=zero, precision=precision, clip_norm=CLIP_NORM)
     task = Toy(ranks, config, accumulation=2)
     steps = advance(task, 0, SAVED_AT)
-    path = checkpoint.save(out / f"{zero}-{precision}", SAVED_AT, SAVED_AT * BATCH, task.engines, {}, 1, ranks)
+    path = checkpoint.save(
+        out / f"{zero}-{precision}", SAVED_AT, SAVED_AT * BATCH, task.engines, {}, checkpoint.Keep(1), ranks
+    )
     with task.engine.averaged() as module:
         averages = {name: p.detach().float().tolist() for name, p in module.named_parameters() if p.requires_grad}
         answer = module(rows(range(4))[0]).tolist()
@@ -89,7 +91,7 @@ def case(ranks: Ranks, out: Path, zero: Stage, precision: Precision) -> dict[str
     offloaded = Toy(ranks, offload, accumulation=2)
     offloaded_steps = advance(offloaded, 0, SAVED_AT)
     held = checkpoint.save(
-        out / f"offloaded-{zero}-{precision}", SAVED_AT, SAVED_AT * BATCH, offloaded.engines, {}, 1, ranks
+        out / f"offloaded-{zero}-{precision}", SAVED_AT, SAVED_AT * BATCH, offloaded.engines, {}, checkpoint.Keep(1), ranks
     )
     offloaded_steps += advance(offloaded, SAVED_AT, STEPS)
     again = Toy(ranks, offload, accumulation=2)

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -51,30 +52,38 @@ class Manifest:
     frozen: dict[str, str] = field(default_factory=dict)  # sha256 of what the run reads and does not train, by part
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `last` so many, and those of `every` so many steps (0: no others)."""
+
+    last: int
+    every: int = 0
+
+
 def save(
     root: Path,
     step: int,
     samples: int,
     engines: Mapping[str, Engine],
     config: dict[str, Any],
-    keep: int,
+    keep: Keep,
     ranks: Ranks,
     frozen: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write `root/step-<step>` whole, then drop all but the newest `keep`. Every rank calls it.
+    """Write `root/step-<step>` whole, then drop those that are not to be kept. Every rank calls it.
 
     Raises OSError on every rank when rank 0 cannot write.
     """
     final, partial = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
-    _on_first(ranks, lambda: _empty(partial))
+    on_first(ranks, lambda: _empty(partial))
     sha256: dict[str, str] = {}
     for name, engine in engines.items():
         for kind in KINDS:
             tensors = {key: tensor for key, tensor in engine.tensors(kind) if ranks.first}
-            sha256 |= _on_first(ranks, lambda n=name, k=kind, t=tensors: _write(partial / f"{n}.{k}.safetensors", t))
+            sha256 |= on_first(ranks, lambda n=name, k=kind, t=tensors: _write(partial / f"{n}.{k}.safetensors", t))
         buffers = {key: tensor.cpu() for key, tensor in engine.buffers().items()}
         if buffers:
-            sha256 |= _on_first(ranks, lambda n=name, b=buffers: _write(partial / f"{n}.buffers.safetensors", b))
+            sha256 |= on_first(ranks, lambda n=name, b=buffers: _write(partial / f"{n}.buffers.safetensors", b))
     manifest = Manifest(
         FORMAT,
         step,
@@ -93,10 +102,11 @@ def save(
             shutil.rmtree(final)
         os.replace(partial, final)
         sync(root)
-        for old in _steps(root)[:-keep]:
-            shutil.rmtree(old)
+        for old in held(root)[: -keep.last]:
+            if not keep.every or int(old.name.removeprefix("step-")) % keep.every:
+                shutil.rmtree(old)
 
-    _on_first(ranks, publish)
+    on_first(ranks, publish)
     return final
 
 
@@ -105,14 +115,14 @@ def set_aside(root: Path, step: int, ranks: Ranks) -> None:
     pass for the newest. Every rank calls it."""
 
     def move() -> None:
-        for later in _steps(root):
+        for later in held(root):
             if later.name > f"step-{step:08d}":
                 target = root / "set-aside" / later.name
                 target.parent.mkdir(exist_ok=True)
                 shutil.rmtree(target, ignore_errors=True)
                 later.rename(target)
 
-    _on_first(ranks, move)
+    on_first(ranks, move)
 
 
 def find(root: Path, resume: str, ranks: Ranks, warn: Callable[[str], None] = print) -> Path | None:
@@ -121,14 +131,14 @@ def find(root: Path, resume: str, ranks: Ranks, warn: Callable[[str], None] = pr
     `resume`: auto (the newest valid one, if any), must (likewise, but there has to be one), never (there must be
     none), or the path of a checkpoint. Raises ValueError when that cannot be met.
     """
-    return _on_first(ranks, lambda: _find(root, resume, warn))
+    return on_first(ranks, lambda: _find(root, resume, warn))
 
 
 def _find(root: Path, resume: str, warn: Callable[[str], None]) -> Path | None:
     if resume not in ("auto", "must", "never"):
         verify(Path(resume))
         return Path(resume)
-    steps = _steps(root)
+    steps = held(root)
     if resume == "never":
         if steps:
             raise ValueError(f"resume is never, but {root} holds {steps[-1].name}; choose another out or resume auto")
@@ -149,6 +159,16 @@ def _find(root: Path, resume: str, warn: Callable[[str], None]) -> Path | None:
 
 def verify(path: Path) -> Manifest:
     """Read the manifest and compare every file with its hash. Raises ValueError naming the file that is wrong."""
+    manifest = manifest_of(path)
+    for name, expected in manifest.sha256.items():
+        file = path / name
+        if not file.is_file() or _sha256(file) != expected:
+            raise ValueError(f"{file} is {'damaged' if file.is_file() else 'missing'}")
+    return manifest
+
+
+def manifest_of(path: Path) -> Manifest:
+    """What a checkpoint says about itself. ValueError when it is none that we know."""
     try:
         content = json.loads((path / "manifest.json").read_text())
     except FileNotFoundError as error:
@@ -157,12 +177,17 @@ def verify(path: Path) -> Manifest:
         raise ValueError(f"{path / 'manifest.json'} is damaged") from error
     if content.get("format") != FORMAT:
         raise ValueError(f"{path} has checkpoint format {content.get('format')}; this program reads {FORMAT}")
-    manifest = Manifest(**content)
-    for name, expected in manifest.sha256.items():
-        file = path / name
-        if not file.is_file() or _sha256(file) != expected:
-            raise ValueError(f"{file} is {'damaged' if file.is_file() else 'missing'}")
-    return manifest
+    return Manifest(**content)
+
+
+def check_frozen(path: Path, manifest: Manifest, frozen: Mapping[str, str]) -> None:
+    """ValueError when a part that the run reads and does not train is not the one that the checkpoint was trained with."""
+    other = [part for part, sha256 in frozen.items() if manifest.frozen.get(part, sha256) != sha256]
+    if other:
+        raise ValueError(
+            f"the {other[0]} is not the one that {path} was trained with; restore it (of a hub id, give the revision), "
+            "or give another --out"
+        )
 
 
 def load(path: Path, engines: Mapping[str, Engine], ranks: Ranks) -> Manifest:
@@ -170,7 +195,7 @@ def load(path: Path, engines: Mapping[str, Engine], ranks: Ranks) -> Manifest:
 
     Raises ValueError when the checkpoint is of other modules.
     """
-    manifest = Manifest(**json.loads((path / "manifest.json").read_text()))
+    manifest = manifest_of(path)
     if set(manifest.counters) != set(engines):
         raise ValueError(f"{path} trains {sorted(manifest.counters)}, this run trains {sorted(engines)}; choose another out")
     for name, engine in engines.items():
@@ -212,7 +237,7 @@ def _compare(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]], file:
     )
 
 
-def _on_first(ranks: Ranks, work: Callable[[], T]) -> T:
+def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
     """Rank 0's result of `work` on every rank; what it raises for the user is raised on every rank."""
     result, error = None, None
     if ranks.first:
@@ -226,7 +251,7 @@ def _on_first(ranks: Ranks, work: Callable[[], T]) -> T:
     return result
 
 
-def _steps(root: Path) -> list[Path]:
+def held(root: Path) -> list[Path]:
     """Checkpoints under `root`, oldest first; a partial folder has another name."""
     return sorted(root.glob("step-*"))
 
@@ -256,3 +281,10 @@ def _write_text(path: Path, text: str) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    from sample.cli import run
+    from train.checkpoint_cli import main
+
+    sys.exit(run(main))

@@ -36,6 +36,8 @@ class Schedule:
     save_every: int = 500
     keep: int = 2
     """Checkpoints kept; older ones are deleted once a newer one is whole."""
+    keep_every: int = 0
+    """Those of every so many steps are kept for good; 0: none is."""
     preview_every: int = 0
     """0: only at the end."""
 
@@ -45,6 +47,10 @@ class Schedule:
                 raise ValueError(f"schedule.{name} is {getattr(self, name)}; give 1 or more")
         if self.preview_every < 0:
             raise ValueError(f"schedule.preview_every is {self.preview_every}; give 0 (only at the end) or more")
+        if self.keep_every < 0 or self.keep_every % self.save_every:
+            raise ValueError(
+                f"schedule.keep_every is {self.keep_every}; give 0 (none) or a multiple of save_every ({self.save_every})"
+            )
 
 
 def fit(
@@ -90,9 +96,8 @@ def fit(
             else:
                 log.advance(step)
             if step % schedule.save_every == 0 or last or stop:
-                path = checkpoint.save(
-                    folder / "checkpoints", step, samples, task.engines, config, schedule.keep, ranks, frozen
-                )
+                keep = checkpoint.Keep(schedule.keep, schedule.keep_every)
+                path = checkpoint.save(folder / "checkpoints", step, samples, task.engines, config, keep, ranks, frozen)
                 log.event(step, "saved", path=str(path))
                 clock.restart()
             if last or (schedule.preview_every and step % schedule.preview_every == 0):
@@ -135,12 +140,7 @@ def _resume(
     if path is None:
         return 0, 0, []
     manifest = checkpoint.load(path, task.engines, ranks)
-    other = [part for part, sha256 in frozen.items() if manifest.frozen.get(part, sha256) != sha256]
-    if other := ranks.share(other):
-        raise ValueError(
-            f"the {other[0]} is not the one that {path} was trained with; restore it (of a hub id, give the revision), "
-            "or give another --out"
-        )
+    checkpoint.on_first(ranks, lambda: checkpoint.check_frozen(path, manifest, frozen))
     return manifest.step, manifest.samples, checkpoint.differences(manifest.config, config)
 
 

@@ -1,0 +1,59 @@
+"""Checkpoints from the command line: listed, verified, and turned into the release that their run would write."""
+
+import pytest
+import torch
+
+from model import store
+from sample.cli import run
+from tests import tiny
+from tests.two_ranks import tiny_run
+from train import run as training
+from train.checkpoint_cli import main
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of six steps that saved at the third and the last."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.metaquery_config(folder)
+    training.main(tiny_run(folder, folder / "run"))
+    return folder / "run"
+
+
+def test_a_run_is_listed_and_verified(trained, capsys):
+    main(["ls", str(trained)])
+    said = capsys.readouterr().out
+    assert "step-00000003" in said
+    assert "step-00000006" in said
+    main(["verify", str(trained)])
+    assert capsys.readouterr().out.count("whole") == 2
+    main(["verify", str(trained / "checkpoints" / "step-00000003")])
+    assert capsys.readouterr().out.count("whole") == 1
+
+
+def test_the_last_checkpoint_exports_to_the_runs_own_release(trained, tmp_path):
+    main(["export", str(trained / "checkpoints" / "step-00000006"), "--out", str(tmp_path / "release")])
+    ours, theirs = (store.load(folder).state_dict() for folder in (tmp_path / "release", trained / "release"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    main(["export", str(trained / "checkpoints" / "step-00000003"), "--out", str(tmp_path / "earlier")])
+    earlier = store.load(tmp_path / "earlier").state_dict()
+    assert any(not torch.equal(tensor, theirs[name]) for name, tensor in earlier.items())
+
+
+def test_what_is_damaged_or_none_is_said(trained, tmp_path, capsys):
+    file = trained / "checkpoints" / "step-00000006" / "main.exp_avg.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        with pytest.raises(SystemExit, match="1"):
+            main(["verify", str(trained)])
+        said = capsys.readouterr()
+        assert f"{file} is damaged" in said.err
+        assert said.out.count("whole") == 1
+        assert run(main, ["export", str(file.parent), "--out", str(tmp_path / "release")]) == 2
+        assert not (tmp_path / "release").exists()
+    finally:
+        file.write_bytes(whole)
+    for argv in (["ls", str(tmp_path)], ["verify", str(tmp_path)], ["export", str(tmp_path), "--out", str(tmp_path / "x")]):
+        assert run(main, argv) == 2
