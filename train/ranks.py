@@ -9,11 +9,13 @@ import hashlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,14 @@ class Ranks:
         if self.world > 1:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's (picklable, small) value, by rank, on every rank."""
+        held: list[Any] = [value]
+        if self.world > 1:
+            held = [None] * self.world
+            dist.all_gather_object(held, value)
+        return held
 
     def barrier(self) -> None:
         """Wait for all ranks."""
