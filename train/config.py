@@ -18,6 +18,7 @@ from train.repae import RepaeTaskConfig
 from train.see import SeeTaskConfig
 from train.tell import TellTaskConfig
 from train.understand import UnderstandConfig
+from train.watchdog import WatchConfig
 
 TaskConfig = (
     MetaQueryTaskConfig
@@ -42,6 +43,7 @@ class Run:
     ema: EmaConfig = field(default_factory=EmaConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     seed: int = 0
     out: Path | None = None
     """Where checkpoints, metrics, previews and the release go; None: runs/<name>."""

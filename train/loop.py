@@ -6,7 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from errno import ENOLCK, ENOSYS, EOPNOTSUPP
 from fcntl import LOCK_EX, LOCK_NB, flock
@@ -21,6 +21,7 @@ from train.guard import Diverged
 from train.metrics import Metrics, MetricsConfig, Window
 from train.ranks import Ranks, seed_step
 from train.task import Task
+from train.watchdog import WatchConfig, Watchdog
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,12 @@ def fit(
     resume: str,
     metrics: MetricsConfig,
     ranks: Ranks,
+    watch: WatchConfig = WatchConfig(),
 ) -> bool:
     """Train to the last step from wherever `folder` stands; every rank calls it.
 
     `config` is stored in checkpoints. False when a signal stopped the run early, after saving. Raises `Diverged` when
-    too many steps in a row were refused.
+    too many steps in a row were refused. A part that takes longer than `watch` allows ends the process.
     """
     frozen = task.frozen() if ranks.first else {}
     step, samples, changed = _resume(task, folder, resume, config, frozen, ranks)
@@ -75,6 +77,7 @@ def fit(
         _held(folder, ranks),
         Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps, settings=config) as log,
         _interruptible() as interrupted,
+        Watchdog(ranks.rank) as dog,
     ):
         checkpoint.set_aside(folder / "checkpoints", step, ranks)
         if ranks.first:
@@ -86,7 +89,9 @@ def fit(
         clock = _Clock()
         window = Window()
         while step < schedule.steps:
-            _step(task, batches, window, clock, schedule.accumulation, seed, step, ranks)
+            where = f"step {step + 1}, samples {samples} to {samples + schedule.batch_size - 1}"
+            limits = _Limits(dog, watch, where)
+            _step(task, batches, window, clock, limits, schedule.accumulation, seed, step, ranks)
             _report_refusals(task, log, step, samples, schedule.batch_size)
             step, samples = step + 1, samples + schedule.batch_size
             last = step == schedule.steps
@@ -97,7 +102,8 @@ def fit(
                 log.advance(step)
             if step % schedule.save_every == 0 or last or stop:
                 keep = checkpoint.Keep(schedule.keep, schedule.keep_every)
-                path = checkpoint.save(folder / "checkpoints", step, samples, task.engines, config, keep, ranks, frozen)
+                with limits.saving():
+                    path = checkpoint.save(folder / "checkpoints", step, samples, task.engines, config, keep, ranks, frozen)
                 log.event(step, "saved", path=str(path))
                 clock.restart()
             if last or (schedule.preview_every and step % schedule.preview_every == 0):
@@ -145,15 +151,24 @@ def _resume(
 
 
 def _step(
-    task: Task, batches: Iterator[Any], window: Window, clock: _Clock, accumulation: int, seed: int, step: int, ranks: Ranks
+    task: Task,
+    batches: Iterator[Any],
+    window: Window,
+    clock: _Clock,
+    limits: _Limits,
+    accumulation: int,
+    seed: int,
+    step: int,
+    ranks: Ranks,
 ) -> None:
     """One optimizer step: its micro-batches through the task. The scalars of a refused step are not averaged in."""
     scalars = []
     for micro in range(accumulation):
-        with clock.waiting():
+        with clock.waiting(), limits.reading():
             batch = next(batches)
         seed_step(seed, step, micro, ranks.rank)
-        scalars.append(task.step(batch))
+        with limits.stepping():
+            scalars.append(task.step(batch))
     clock.steps += 1
     if not any(engine.last and engine.last.objection for engine in task.engines.values()):
         for values in scalars:
@@ -186,6 +201,24 @@ def _line(task: Task, window: Window, clock: _Clock, samples: int, batch_size: i
     for name, count in task.counts().items():
         line[name] = int(ranks.sum(torch.tensor(count, device=ranks.device)))
     return line | clock.read(batch_size)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """How long the parts of one step may take."""
+
+    dog: Watchdog
+    watch: WatchConfig
+    where: str
+
+    def reading(self) -> AbstractContextManager[None]:
+        return self.dog.limit(self.watch.data_seconds, "reading a batch (watch.data_seconds)", self.where)
+
+    def stepping(self) -> AbstractContextManager[None]:
+        return self.dog.limit(self.watch.step_seconds, "a step (watch.step_seconds)", self.where)
+
+    def saving(self) -> AbstractContextManager[None]:
+        return self.dog.limit(self.watch.save_seconds, "saving (watch.save_seconds)", self.where)
 
 
 class _Clock:

@@ -7,7 +7,7 @@
     python -m train.run metaquery.base_sana --plan --world 8   # parameters, memory and FLOP, before anything is read
 
 The same command again goes on where the run stopped. `python -m train.run NAME --help` lists every setting.
-Exit codes: 0 finished, 1 diverged, 2 bad input, 75 stopped by a signal after saving.
+Exit codes: 0 finished, 1 diverged, 2 bad input, 6 hung, 75 stopped by a signal after saving.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             resume=run.resume,
             metrics=run.metrics,
             ranks=ranks,
+            watch=run.watch,
         )
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)

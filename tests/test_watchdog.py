@@ -1,0 +1,58 @@
+"""A hang ends the process, which says where; what takes its time within its limit goes on."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from model.assets import ROOT
+from train.watchdog import HUNG, WatchConfig, Watchdog
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from tests.test_loop import CONFIG, SCHEDULE, Toy
+from tests.toy import BATCH
+from train.loop import fit
+from train.metrics import MetricsConfig
+from train.ranks import start
+from train.watchdog import WatchConfig
+
+class Hanging(Toy):
+    def step(self, batch):
+        if batch[0] == 3 * BATCH:
+            time.sleep(60)
+        return super().step(batch)
+
+ranks = start(60)
+fit(Hanging(ranks, CONFIG), SCHEDULE, seed=0, folder=Path(sys.argv[1]), config={}, resume="auto", metrics=MetricsConfig(),
+    ranks=ranks, watch=WatchConfig(step_seconds=3))
+"""
+
+
+def test_a_step_that_hangs_ends_the_run_and_says_where(tmp_path):
+    """Within five seconds of its limit; the checkpoint before it stays."""
+    began = time.monotonic()
+    command = [sys.executable, "-c", HANGS, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == HUNG, done.stderr[-2000:]
+    assert "rank 0 hangs: a step (watch.step_seconds) has taken over 3 s at step 4, samples 24 to 31" in done.stderr
+    assert "in step" in done.stderr  # the stack that hangs
+    assert time.monotonic() - began < 60
+    assert (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").is_file()
+
+
+def test_what_keeps_its_limit_goes_on():
+    with Watchdog(0, tick_seconds=0.01) as dog:
+        for _ in range(3):
+            with dog.limit(5, "a short sleep", "here"):
+                time.sleep(0.05)
+        with dog.limit(0, "anything", "here"):
+            time.sleep(0.05)
+        time.sleep(0.05)  # between two limits there is none
+
+
+def test_no_limit_is_negative():
+    with pytest.raises(ValueError, match=r"watch.save_seconds is -1; give 0 \(no limit\) or more"):
+        WatchConfig(save_seconds=-1)

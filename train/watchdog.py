@@ -1,0 +1,74 @@
+"""A training that hangs -> one that ends, saying where: the stacks of all threads, the step and its samples.
+
+A rank that waits for ever keeps all others waiting, and a machine that is paid for. Each part of a step has a limit; past it
+the process prints what it was doing and ends with exit code 6, upon which the launcher ends the others.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+HUNG = 6
+"""The exit code."""
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """How many seconds a part of training may take before the run is given up; 0: as many as it likes. All lie below
+    `engine.timeout_seconds`, after which the ranks that wait would give up without saying for whom."""
+
+    data_seconds: float = 480.0
+    """For a batch."""
+    step_seconds: float = 480.0
+    """For a micro-batch through forward, backward and optimizer; the first may compile."""
+    save_seconds: float = 480.0
+    """For a checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in ("data_seconds", "step_seconds", "save_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"watch.{name} is {getattr(self, name)}; give 0 (no limit) or more")
+
+
+class Watchdog:
+    """Watches one process from a thread of its own; enter it around training."""
+
+    def __init__(self, rank: int, tick_seconds: float = 1.0) -> None:
+        self._rank, self._tick = rank, tick_seconds
+        self._due: tuple[float, str] | None = None  # (time.monotonic at which it is given up, what would be said)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @contextmanager
+    def limit(self, seconds: float, what: str, where: str) -> Iterator[None]:
+        """What happens inside may take so long; 0: as long as it likes. `what` names it and its setting, `where` the step."""
+        if seconds:
+            said = f"rank {self._rank} hangs: {what} has taken over {seconds:g} s at {where}"
+            self._due = time.monotonic() + seconds, said
+        try:
+            yield
+        finally:
+            self._due = None
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._tick):
+            due = self._due
+            if due is not None and time.monotonic() > due[0]:
+                print(f"\n{due[1]}; its threads:", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                os._exit(HUNG)
