@@ -56,7 +56,7 @@ class Watchdog:
 
     @contextmanager
     def limit(self, seconds: float, what: str, where: str) -> Iterator[None]:
-        """What happens inside may take so long; 0: as long as it likes. `what` names it and its setting, `where` the step."""
+        """What happens inside may take so long; 0: as it likes. `what` names it and its setting, `where` the step."""
         if seconds:
             said = f"rank {self._rank} hangs: {what} has taken over {seconds:g} s at {where}"
             self._due = time.monotonic() + seconds, said
