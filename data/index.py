@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import tyro
 
 from data.parallel import each_shard
-from data.shard_index import index_shard, sha256_of
+from data.shard_index import index_shard, recorded_digest, sha256_of
 from data.shards import expand
 
 
@@ -70,12 +70,12 @@ def _indexed(path: str) -> Indexed:
 
 def _verified(path: str) -> Indexed:
     try:
-        index = index_shard(path)
-        if index.sha256 is None:
-            return Indexed(problem=f"shard {path} has no sha256 to compare with, or has changed since; index it first")
-        if sha256_of(path) != index.sha256:
+        known = recorded_digest(path)
+        if not known:
+            return Indexed(problem=f"shard {path} has no sha256 to compare with; index it first")
+        if sha256_of(path) != known["sha256"]:
             return Indexed(problem=f"shard {path} is damaged: its bytes are not those that were indexed; fetch it again")
-        return Indexed(len(index), os.path.getsize(path))
+        return Indexed(len(index_shard(path)), os.path.getsize(path))
     except (ValueError, OSError) as error:
         return Indexed(problem=str(error))
 

@@ -20,6 +20,7 @@ from data.parallel import bar
 from data.records import BadSample
 from data.shard_index import MAX_BYTES
 from data.transforms import decode_image
+from model.files import check_new
 
 KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name of a format -> extension
 
@@ -53,8 +54,7 @@ def write_shards(jobs: Sequence[Job], read: Callable[[Job], Item], out: Path, sh
     if shard_size < 1:
         raise ValueError(f"--shard-size is {shard_size}; give at least one sample to a shard")
     out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists and is not an empty folder; name a new folder")
+    check_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.{os.getpid()}.tmp"
     partial.mkdir()

@@ -11,6 +11,7 @@ import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,26 +33,36 @@ class ShardIndex:
     keys: np.ndarray  # [samples] UTF-8 bytes
     extensions: tuple[str, ...]
     spans: np.ndarray  # [samples, extensions, 2] int64: offset and size in bytes; size -1 where there is no such member
-    sha256: str | None = None  # of the whole shard, where data.index has read it all
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
 def index_shard(path: str, digest: bool = False) -> ShardIndex:
-    """The index of the shard at `path`, read from its cache or made; with `digest`, one that knows the shard's sha256.
-    ValueError if the shard is not a whole tar."""
+    """The index of the shard at `path`, read from its cache or made; with `digest`, its cache keeps the shard's sha256 as it
+    is now. ValueError if the shard is not a whole tar."""
     state = os.stat(path)
     stamp = {"version": VERSION, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
     for cache in _caches(path):
         content = _cached(cache, stamp)
-        if content is not None and (content.get("sha256") or not digest):
+        if content is not None and (not digest or content.get("hashed_mtime_ns") == state.st_mtime_ns):
             return _to_index(path, content)
-    content = stamp | scan(path) | ({"sha256": sha256_of(path)} if digest else {})
+    known = {"sha256": sha256_of(path), "hashed_mtime_ns": state.st_mtime_ns} if digest else recorded_digest(path)
+    content = stamp | scan(path) | known
     for cache in _caches(path):
         if _write(cache, content):
             break
     return _to_index(path, content)
+
+
+def recorded_digest(path: str) -> dict[str, Any]:
+    """The sha256 that an index of this shard has, whatever became of the shard since, and of when it was; else empty."""
+    names = ("sha256", "hashed_mtime_ns")
+    for cache in _caches(path):
+        content = _cached(cache, {})
+        if content is not None and all(name in content for name in names):
+            return {name: content[name] for name in names}
+    return {}
 
 
 def sha256_of(path: str) -> str:
@@ -129,4 +140,4 @@ def _write(cache: Path, content: dict) -> bool:
 def _to_index(path: str, content: dict) -> ShardIndex:
     keys = np.array([key.encode(errors="surrogateescape") for key in content["keys"]], dtype=bytes)
     spans = np.array(content["spans"], dtype=np.int64).reshape(len(keys), len(content["extensions"]), 2)
-    return ShardIndex(path, keys, tuple(content["extensions"]), spans, content.get("sha256"))
+    return ShardIndex(path, keys, tuple(content["extensions"]), spans)

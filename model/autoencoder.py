@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from diffusers import AutoencoderDC  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
-from model.upsample import merge_upsampling
 from model.vae import factor_of
 
 
@@ -22,11 +21,10 @@ class Coded(NamedTuple):
 
 
 class Autoencoder(nn.Module):
-    """diffusers' autoencoder, trainable; its upsampling is merged in place with the convolutions that follow."""
+    """diffusers' autoencoder, trainable."""
 
     def __init__(self, autoencoder: Any) -> None:  # Any: diffusers' annotations lag behind its signatures
         super().__init__()
-        merge_upsampling(autoencoder)
         self.autoencoder = autoencoder
 
     @property

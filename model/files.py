@@ -27,8 +27,9 @@ def publish(folder: Path) -> Iterator[Path]:
     draft.mkdir()
     try:
         yield draft
-        for path in draft.iterdir():
-            path.chmod(draft.stat().st_mode & 0o666)  # safetensors writes 0600; the folder's mode knows the umask
+        allowed = draft.stat().st_mode & 0o777  # safetensors writes 0600; the folder's mode knows the umask
+        for path in draft.rglob("*"):
+            path.chmod(allowed if path.is_dir() else allowed & 0o666)
             sync(path)
         if folder.exists():
             folder.rename(replaced)
@@ -37,6 +38,12 @@ def publish(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_new(folder: Path, option: str = "--out") -> None:
+    """ValueError where `folder`, which `option` names, holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{option} {folder} exists and is not an empty folder; name a new folder")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -26,11 +26,11 @@ class SiTConfig:
     """Shape of a SiT.
 
     `shared_modulation`: one modulation for all blocks plus a table per block (adaLN-single, a third fewer parameters);
-    otherwise adaLN-Zero per block, as published. `align_depth`: where an alignment loss looks. As published is also to
-    condition by modulation, on the condition as it is, without `qk_norm` and with a `time_scale` of 1."""
+    otherwise adaLN-Zero per block, as published. `align_depth`: where an alignment loss looks. The rest as published:
+    conditioning="modulation", qk_norm=False, time_scale=1."""
 
     latent_channels: int
-    latent_size: int  # h = w of the grid whose positions it learns; it takes others, about the same middle
+    latent_size: int  # h = w that it is trained at; other grids are laid about the same middle
     patch: int = 1
     width: int = 384
     depth: int = 12
@@ -88,8 +88,11 @@ class SiT(nn.Module):
         self._init_weights()
 
     def grid(self, latents: Tensor) -> tuple[int, int]:
-        """Rows and columns of tokens that latents [B, c, h, w] are cut into."""
-        return latents.shape[-2] // self.config.patch, latents.shape[-1] // self.config.patch
+        """Rows and columns of tokens that latents [B, c, h, w] are cut into. ValueError where they do not divide."""
+        (height, width), patch = latents.shape[-2:], self.config.patch
+        if height % patch or width % patch:
+            raise ValueError(f"latents of {height} x {width} do not divide into patches of {patch} x {patch}; resize them")
+        return height // patch, width // patch
 
     def forward(
         self,
@@ -251,14 +254,18 @@ def finer(sit: SiT, config: SiTConfig) -> SiT:
 
     A small patch starts with the mean of what a large one does with its parts, on the way in as many times over as the
     side shrinks, for the values are fewer; blocks are taken over whole. Give `config` the spacing that leaves places where
-    they were. Raises ValueError when anything but patch and spacing differs, or the patches do not divide."""
+    they were. Raises ValueError when anything that decides weights but patch and spacing differs, or the patches do not
+    divide."""
     old = sit.config
     if old == config:
         return sit
-    if replace(old, patch=config.patch, spacing=config.spacing) != config or old.patch % config.patch:
-        allowed = f"only a patch that divides {old.patch}, and spacing, may differ"
+    free = {name: getattr(config, name) for name in ("patch", "spacing", "align_depth", "activation_checkpointing")}
+    if replace(old, **free) != config or old.patch % config.patch:
+        allowed = f"only a patch that divides {old.patch}, spacing, align_depth and activation_checkpointing may differ"
         raise ValueError(f"sit: {config} cannot go on from {old}; {allowed}")
     times, fresh = old.patch // config.patch, SiT(config)
+    if times > 1 and config.positions == "stored":
+        raise ValueError("sit: stored positions are those of one grid, so the patch cannot change; leave it as it is")
     parts = (old.latent_channels, times, config.patch, times, config.patch)
     state = sit.state_dict()
     state["embed.weight"] = times * state["embed.weight"].unflatten(1, parts).mean((2, 4)).flatten(1)
@@ -270,8 +277,8 @@ def finer(sit: SiT, config: SiTConfig) -> SiT:
 
 def sincos_2d(width: int, grid: tuple[int, int], size: int, spacing: float = 1.0) -> Tensor:
     """Fixed positions of a grid of rows and columns, [rows columns, width]: half the channels for the row, half the column.
-    Tokens are `spacing` wide; the middle lies where that of a square of `size` tokens does, of which 0 is the middle of a
-    token one wide at the edge."""
+    Token i of `count` along a side stands at (i + 1/2 + (size - count) / 2) spacing - 1/2: the middle of any grid is that of
+    a square of `size` tokens."""
     speed = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
 
     def axis(count: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 A release holds what was trained and names what was not: each frozen part by path, revision and sha256."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from model.files import (
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 
 FORMAT, VERSION = "querybridge.metaquery", 1
+BESIDE = "../"
+"""What the path of a part starts with that lies beside the release folder, and moves with it."""
 
 
 def save(folder: Path, model: MetaQuery, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -63,7 +65,7 @@ def load(folder: Path) -> MetaQuery:
     if not isinstance(frozen, dict) or not all(isinstance(facts, dict) for facts in frozen.values()):
         raise ValueError(f"{path}: frozen is no JSON object of objects; restore the file that training wrote")
     tensors = read_tensors(folder / "model.safetensors")
-    config = parse_config(MetaQueryConfig, raw.get("model"), path)
+    config = _found_from(folder, parse_config(MetaQueryConfig, raw.get("model"), path))
     with torch.device("meta"):
         names = build_decoder(config.decoder, weights=False, noise=config.noise).state_dict()
     whole = all(f"decoder.{name}" in tensors for name in names)  # then those at its path are not read: it was trained whole
@@ -101,7 +103,16 @@ def _verify(recorded: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]
 def _portable(config: MetaQueryConfig) -> MetaQueryConfig:
     """The config with paths that move with the code."""
 
-    def moved(part: Any) -> Any:
-        return part if part.path is None else replace(part, path=portable(part.path))
+    return _each_path(config, lambda path: path if path.startswith(BESIDE) else portable(path))
 
-    return replace(config, mllm=moved(config.mllm), vae=moved(config.vae), decoder=moved(config.decoder))
+
+def _found_from(folder: Path, config: MetaQueryConfig) -> MetaQueryConfig:
+    """The config whose parts beside the release are named by where they lie now."""
+    return _each_path(config, lambda path: str((folder / path).resolve()) if path.startswith(BESIDE) else path)
+
+
+def _each_path(config: MetaQueryConfig, change: Callable[[str], str]) -> MetaQueryConfig:
+    def changed(part: Any) -> Any:
+        return part if part.path is None else replace(part, path=change(part.path))
+
+    return replace(config, mllm=changed(config.mllm), vae=changed(config.vae), decoder=changed(config.decoder))

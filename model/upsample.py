@@ -5,6 +5,7 @@ Letters: B batch, c channels, h w rows, columns."""
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ class UpsampledConv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, c, h, w] -> [B, c', 2 h, 2 w]."""
-        return F.conv_transpose2d(input, spread(self.weight), self.bias, stride=2, padding=1)
+        weight = spread(self.weight.float() if self.weight.dtype == torch.bfloat16 else self.weight)  # its sums want digits
+        return F.conv_transpose2d(input, weight.to(self.weight.dtype), self.bias, stride=2, padding=1)
 
 
 def spread(weight: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from model.decoder import save_sit
-from model.files import dump_config, match, publish, write_json
+from model.files import check_new, dump_config, match, publish, write_json
 from model.labels import LABELS_FILE
 from model.noise import FlowConfig
 from model.sit import SIZES, SiT, SiTConfig
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def convert(checkpoint: Path, release: Path) -> None:
     """Raises ValueError where the checkpoint is none, or holds what we do not know."""
+    check_new(release)
     found = _read(checkpoint)
     for name in ("ema", "vae"):
         if not isinstance(found.get(name), Mapping):
@@ -83,8 +84,11 @@ def convert(checkpoint: Path, release: Path) -> None:
     settings = vars(found["args"]) if isinstance(found.get("args"), argparse.Namespace) else {}
     if settings.get("path_type", "linear") != "linear":
         raise ValueError(f"{checkpoint}: path_type is {settings['path_type']}; only linear can be converted")
-    sit, labels, (mean, variance) = _sit(found["ema"], settings, checkpoint)
-    vae = _vae(found["vae"], checkpoint)
+    try:
+        sit, labels, (mean, variance) = _sit(found["ema"], settings, checkpoint)
+        vae = _vae(found["vae"], checkpoint)
+    except KeyError as error:
+        raise ValueError(f"{checkpoint} lacks {error.args[0]}; give a checkpoint that REPA-E's training saved") from error
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=variance.sqrt().tolist())
     with publish(release) as draft:
         vae.save_pretrained(draft / "vae")
@@ -95,7 +99,7 @@ def convert(checkpoint: Path, release: Path) -> None:
 def _read(checkpoint: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            found = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)  # it holds three optimizers too
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{checkpoint} is no checkpoint of tensors ({reason}); download or save it again") from error
@@ -109,14 +113,13 @@ def _read(checkpoint: Path) -> dict[str, Any]:
 def _sit(ema: Tensors, settings: Mapping[str, Any], path: Path) -> tuple[SiT, Tensor, tuple[Tensor, Tensor]]:
     """The SiT, the embedding of classes (ours says nothing in row 0, theirs in the last), mean and variance of latents."""
     rest = {name: t for name, t in ema.items() if not name.startswith("projectors.") and name != "bn.num_batches_tracked"}
-    try:
-        position, classes = rest.pop("pos_embed")[0], rest.pop("y_embedder.embedding_table.weight")
-        mean, variance = rest.pop("bn.running_mean"), rest.pop("bn.running_var")
-        width, channels, patch, _ = rest["x_embedder.proj.weight"].shape
-    except KeyError as error:
-        raise ValueError(f"{path}: ema lacks {error.args[0]}; give a checkpoint that REPA-E's training saved") from error
+    position, classes = rest.pop("pos_embed")[0], rest.pop("y_embedder.embedding_table.weight")
+    mean, variance = rest.pop("bn.running_mean"), rest.pop("bn.running_var")
+    width, channels, patch, _ = rest["x_embedder.proj.weight"].shape
+    if settings.get("cfg_prob", 0.1) == 0 or len(classes) != settings.get("num_classes", len(classes) - 1) + 1:
+        raise ValueError(f"{path}: its {len(classes)} classes have no row for none of them (cfg_prob 0); train it with one")
     tensors = {_renamed(name, _SIT): tensor for name, tensor in rest.items()}
-    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    depth = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=-1)
     size = next((size for size in SIZES.values() if size[:2] == (depth, width)), None)
     if size is None:
         raise ValueError(
@@ -139,6 +142,8 @@ def _sit(ema: Tensors, settings: Mapping[str, Any], path: Path) -> tuple[SiT, Te
         time_scale=1.0,
     )
     tensors["embed.weight"] = tensors["embed.weight"].flatten(1)
+    if missing := {"unembed.weight", "unembed.bias"} - tensors.keys():
+        raise KeyError(f"final_layer.linear ({min(missing)} here)")
     for name in ("unembed.weight", "unembed.bias"):  # theirs are ordered by place and then channel
         tensors[name] = tensors[name].unflatten(0, (patch * patch, channels)).transpose(0, 1).flatten(0, 1)
     tensors["position"] = position

@@ -47,7 +47,7 @@ def score(
         errors += (velocity - decoder.noising.target(latents, eps, t)).square().flatten(1).mean(1).tolist()
         drawn = decoder.draw(whole, [seed + number for number in each.index.tolist()], steps)
         for pictures, features in ((batch.pixels, seen), (drawn, made)):
-            features.append(target(pictures, FEATURE_GRID).mean(1))  # [B, E]
+            features.append(target(pictures, FEATURE_GRID).mean(1).cpu())  # [B, E]
     return {
         "decoder.local_feature_distance": Measure(frechet(torch.cat(made), torch.cat(seen)), n=n),
         "decoder.velocity_loss": mean(errors),

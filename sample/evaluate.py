@@ -160,6 +160,7 @@ def vae(args: VAE) -> None:
     """
     if args.size < 11 or args.batch_size < 1:
         raise ValueError("give a --size of at least 11 and a --batch-size of at least 1")
+    from model.files import check_new
     from model.perceptual import LPIPSConfig, load_perceptual
     from model.targets import TargetConfig, load_target
     from model.vae import VAEConfig, load_vae
@@ -169,8 +170,14 @@ def vae(args: VAE) -> None:
     from sample.vae_scores import REAL, REBUILT, score
 
     files, device = pictures_in(args.pictures), default_device()
+    if len(files) < 2:
+        raise ValueError(f"--pictures {args.pictures} holds one picture; give a folder of at least two")
+    if args.lpips is not None and args.size < 16:
+        raise ValueError("--lpips needs a --size of at least 16")
     if args.inception is not None:
         check_inception(args.inception)
+    for name in (REAL, REBUILT) if args.keep is not None else ():
+        check_new(args.keep / name, "--keep")
     scored = load_vae(VAEConfig(args.vae)).to(device)
     if args.size % scored.factor:
         raise ValueError(f"--size is {args.size} and the VAE takes {scored.factor} pixels to a latent; give a multiple")
@@ -182,7 +189,8 @@ def vae(args: VAE) -> None:
         measures = score(scored, batches, target, lpips, keep)
         if args.inception is not None:
             assert keep is not None
-            measures["vae.rfid"] = by_inception(keep / REAL, keep / REBUILT, args.inception, args.batch_size)["images.fid"]
+            found = by_inception(keep / REAL, keep / REBUILT, args.inception, args.batch_size, ("fid",))
+            measures["vae.rfid"] = found["images.fid"]
     show(f"{args.vae} on {args.pictures}", measures)
     if args.json is not None:
         write_json(args.json, measures)

@@ -4,7 +4,7 @@ By the features of any target encoder, which makes a local distance that is comp
 through torch-fidelity and a file of its weights, which makes the FID, IS and KID of the literature. Letters: B pictures of a
 batch, E width of features, H W pixels."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,14 @@ def check_inception(weights: Path) -> None:
         raise ValueError(f"--inception needs torch-fidelity and torchvision ({error}); pip install '.[fidelity]'") from error
 
 
-def by_inception(real: Path, drawn: Path, weights: Path, batch_size: int) -> dict[str, Measure]:
+def by_inception(
+    real: Path, drawn: Path, weights: Path, batch_size: int, metrics: Sequence[str] = ("fid", "isc", "kid", "prc")
+) -> dict[str, Measure]:
     """FID, IS, KID, precision and recall as torch-fidelity computes them. Raises ValueError as `check_inception` does."""
     check_inception(weights)
     from torch_fidelity import calculate_metrics  # pyright: ignore[reportMissingImports]
 
-    wanted = dict.fromkeys(("fid", "isc", "kid", "prc"), True)
+    wanted = dict.fromkeys(metrics, True)
     options: dict[str, Any] = {"feature_extractor_weights_path": str(weights), "batch_size": batch_size}
     found = calculate_metrics(
         input1=str(drawn),
@@ -89,7 +91,7 @@ def by_inception(real: Path, drawn: Path, weights: Path, batch_size: int) -> dic
         "images.precision": "precision",
         "images.recall": "recall",
     }
-    return {name: Measure(float(found[key]), n=len(pictures_in(drawn))) for name, key in names.items()}
+    return {name: Measure(float(found[key]), n=len(pictures_in(drawn))) for name, key in names.items() if key in found}
 
 
 def _pixels(files: list[Path], size: int) -> Tensor:

@@ -40,7 +40,7 @@ def score(
         if lpips is not None:
             found["lpips"] += lpips(rebuilt, pixels).tolist()
         for each, features in ((pixels, seen), (rebuilt, made)):
-            features.append(target(each, FEATURE_GRID).mean(1))  # [B, E]
+            features.append(target(each, FEATURE_GRID).mean(1).cpu())  # [B, E]
         if keep is not None:
             _keep(keep / REAL, pixels, count)
             _keep(keep / REBUILT, rebuilt, count)

@@ -80,6 +80,16 @@ def test_prompts_are_read_faster_together(tmp_path):
         main(["reading", "--batch-size", "2", "--pictures", "3"])
 
 
+def test_the_order_costs_no_more_for_more_samples(tmp_path):
+    main(
+        ["order", "--samples", "1000", "1000000000", "--places", "50", "--repeats", "2", "--json", str(tmp_path / "o.json")]
+    )
+    measures = read_json(tmp_path / "o.json")
+    assert measures["order.1e9.memory"].value < 1.1 * measures["order.1e3.memory"].value < 4e6
+    with pytest.raises(ValueError, match="at least 1"):
+        main(["order", "--samples", "0"])
+
+
 def test_sizes_below_one_are_refused():
     with pytest.raises(ValueError, match="at least 1"):
         main(["metaquery", "--repeats", "0"])

@@ -1,5 +1,6 @@
 import argparse
 import math
+import stat
 
 import numpy as np
 import pytest
@@ -173,6 +174,20 @@ def test_attention_within_levels_finds_its_place(tmp_path):
         assert torch.equal(official[there].flatten(1) if official[there].ndim == 4 else official[there], ours[here])
 
 
+@torch.no_grad()
+def test_attention_over_places_is_that_of_latent_diffusion(tmp_path):
+    """One head, softmax(q k / sqrt(c)) v between normalised inputs and their sum with the rest."""
+    official, at = official_vae(), "encoder.down.1.attn.0"
+    convert(saved(tmp_path / "a.pt"), tmp_path / "release")
+    ours = AutoencoderKL.from_pretrained(tmp_path / "release" / "vae").encoder.down_blocks[1].attentions[0]
+    x = torch.randn(2, 64, 4, 4)
+    h = F.group_norm(x, 32, official[f"{at}.norm.weight"], official[f"{at}.norm.bias"], eps=1e-6)
+    q, k, v = (F.conv2d(h, official[f"{at}.{n}.weight"], official[f"{at}.{n}.bias"]).flatten(2) for n in ("q", "k", "v"))
+    seen = (v @ (q.mT @ k / 8).softmax(-1).mT).unflatten(2, (4, 4))
+    expected = x + F.conv2d(seen, official[f"{at}.proj_out.weight"], official[f"{at}.proj_out.bias"])
+    torch.testing.assert_close(ours(x), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_it_draws(tmp_path):
     convert(saved(tmp_path / "a.pt"), tmp_path / "release")
     draw_classes(["--release", f"{tmp_path}/release", "--out", f"{tmp_path}/out", "--n", "2", "--steps", "2"])
@@ -184,7 +199,13 @@ def test_it_draws(tmp_path):
     [
         ({"args": argparse.Namespace(path_type="cosine")}, "path_type is cosine"),
         ({"ema": official_sit() | {"extra": torch.zeros(1)}}, "unknown tensors, the first extra"),
-        ({"ema": {k: v for k, v in official_sit().items() if k != "pos_embed"}}, "ema lacks pos_embed"),
+        ({"ema": {k: v for k, v in official_sit().items() if k != "pos_embed"}}, "lacks pos_embed"),
+        ({"ema": {k: v for k, v in official_sit().items() if "final_layer.linear" not in k}}, "lacks final_layer.linear"),
+        ({"ema": {k: v for k, v in official_sit().items() if "blocks" not in k}}, "of no published size"),
+        ({"ema": official_sit() | {"blocks.0.attn.q_norm.weight": torch.ones(64)}}, "unknown tensors"),
+        ({"args": argparse.Namespace(cfg_prob=0.0)}, "have no row for none of them"),
+        ({"args": argparse.Namespace(num_classes=CLASSES + 1)}, "have no row for none of them"),
+        ({"vae": {k: v for k, v in official_vae().items() if "post_quant" not in k}}, "lacks post_quant_conv.weight"),
         ({"vae": {"conv": torch.zeros(1)}}, "no encoder.down"),
         ({"vae": None}, "no 'vae'"),
         ({"steps": np.random.RandomState}, "no checkpoint of tensors"),
@@ -196,8 +217,19 @@ def test_what_is_not_known_is_refused_and_nothing_written(change, message, tmp_p
     assert not (tmp_path / "release").exists()
 
 
-def test_the_release_holds_tensors_alone(tmp_path):
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    checkpoint, kept = saved(tmp_path / "a.pt"), tmp_path / "releases" / "mine"
+    kept.mkdir(parents=True)
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        convert(checkpoint, tmp_path / "releases")
+    assert kept.is_dir()
+
+
+def test_the_release_holds_tensors_alone_for_all_to_read(tmp_path):
     convert(saved(tmp_path / "a.pt"), tmp_path / "release")
+    for path in tmp_path.rglob("release/**/*"):
+        needed = 0o055 if path.is_dir() else 0o044
+        assert stat.S_IMODE(path.stat().st_mode) & needed == needed
     assert read_json(tmp_path / "release" / "sit" / "config.json")["positions"] == "stored"
     assert torch.equal(
         read_tensors(tmp_path / "release" / "sit" / "model.safetensors")["position"], official_sit()["pos_embed"][0]

@@ -25,9 +25,20 @@ def test_indexes_are_made_and_serve_training(shards, capsys):
     assert run(shards) == 0
     assert "samples 7, shards 3 of 3" in capsys.readouterr().out
     assert len(list(shards.glob("*.idx.json"))) == 3
-    made = index_shard(str(shards / "00000.tar"))
-    assert made.sha256 is not None
-    assert len(made) == 3
+    assert len(index_shard(str(shards / "00000.tar"))) == 3
+    assert run(shards, "--verify") == 0
+
+
+def test_a_copy_with_another_date_is_verified_too(shards):
+    """Whatever trained on it meanwhile and made its index anew; until it is indexed again, the first bytes count."""
+    run(shards)
+    path = shards / "00001.tar"
+    os.utime(path, ns=(1, 1))
+    assert len(index_shard(str(path))) == 3
+    assert run(shards, "--verify") == 0
+    path.write_bytes(path.read_bytes().replace(b"picture 4", b"picture X"))
+    assert run(shards, "--verify") == 1
+    assert run(shards) == 0
     assert run(shards, "--verify") == 0
 
 

@@ -1,10 +1,14 @@
 """The order of the data: permutations are exact, epochs complete, shares as asked."""
 
 from collections import Counter
+from itertools import chain
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.address import permute
+from data.loader import Positions
 from data.order import BLOCK, Order, Place, quotas
 
 
@@ -83,3 +87,38 @@ def test_quotas():
     for weights in ([], [1, 0], [1, -1]):
         with pytest.raises(ValueError, match=r"data\.sources"):
             quotas(weights)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    weights=st.lists(st.integers(1, 5), min_size=3, max_size=3),
+    seed=st.integers(0, 2**32),
+    parts=st.sampled_from([(1, 1), (2, 1), (3, 2), (4, 3), (1, 4), (2, 2)]),
+    other=st.sampled_from([(1, 1), (2, 1), (3, 2), (4, 3), (1, 4), (2, 2)]),
+    stop=st.integers(0, 12),
+)
+def test_every_global_batch_is_the_same_set_however_it_is_read(lengths, weights, seed, parts, other, stop):
+    """World sizes 1 to 4, micro-batches, a mixture, and going on at any step with another world: the samples of each step
+    are the same, and of each source every epoch holds each sample once."""
+    order, batch_size, steps = Order(lengths, weights[: len(lengths)], seed), 24, 13
+
+    def read(first: int, last: int, world: int, accumulation: int) -> list[list[int]]:
+        """Numbers of each step, as ranks see them one micro-batch after the other."""
+        micro = batch_size // accumulation
+        shares = [Positions(range(rank, micro, world), 0) for rank in range(world)]
+        starts = range(first * batch_size, last * batch_size, micro)
+        read_by_micro = [[n for share in shares for n in share.numbers(start)] for start in starts]
+        groups = [read_by_micro[at : at + accumulation] for at in range(0, len(read_by_micro), accumulation)]
+        return [list(chain(*group)) for group in groups]
+
+    straight = read(0, steps, 1, 1)
+    resumed = read(0, stop, *parts) + read(stop, steps, *other)
+    assert [sorted(step) for step in resumed] == straight
+    seen: dict[int, list[int]] = {source: [] for source in range(len(lengths))}
+    for number in chain(*straight):
+        place = order.place(number)
+        seen[place.source].append(place.index)
+    for source, length in enumerate(lengths):
+        epochs = [seen[source][at : at + length] for at in range(0, len(seen[source]) - length + 1, length)]
+        assert all(sorted(epoch) == list(range(length)) for epoch in epochs)

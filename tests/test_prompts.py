@@ -60,7 +60,8 @@ def test_the_release_is_a_metaquery_that_says_the_same(folder, tmp_path):
     advance(task, prompted_run(folder, FP32))
     task.preview(tmp_path, 3)
     task.release(tmp_path / "release")
-    model = store.load(tmp_path / "release" / "bridge")
+    (tmp_path / "release").rename(tmp_path / "moved")
+    model = store.load(tmp_path / "moved" / "bridge")
     batch = next(task.batches(0))
     latents, t = torch.randn(BATCH, 4, 8, 8), torch.linspace(0.1, 0.9, BATCH)
     with task.engines["main"].averaged() as averaged:
@@ -72,8 +73,8 @@ def test_the_release_is_a_metaquery_that_says_the_same(folder, tmp_path):
     assert Pipeline(model)(["a red circle"], [0], steps=2)[0].size == (16, 16)
     assert all(parameter.requires_grad for parameter in task.sit.parameters())  # a release freezes copies
     again = prompted_run(folder, FP32)
-    told = replace(again.task.told, init=tmp_path / "release" / "bridge")
-    second = build(replace(again, task=replace(again.task, told=told, init=tmp_path / "release" / "sit")), start(60))
+    told = replace(again.task.told, init=tmp_path / "moved" / "bridge")
+    second = build(replace(again, task=replace(again.task, told=told, init=tmp_path / "moved" / "sit")), start(60))
     for ours, theirs in ((second.sit.teller, model), (second.sit.sit, model.decoder.sit)):
         held = theirs.state_dict()
         assert all(torch.equal(tensor, held[name]) for name, tensor in ours.state_dict().items())

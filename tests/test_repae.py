@@ -17,6 +17,7 @@ from model.decoder import SiTDecoderConfig
 from model.discriminator import Discriminator, DiscriminatorConfig
 from model.perceptual import FeatureDistance
 from model.sit import SiT
+from model.upsample import UpsampledConv
 from model.vae import VAEConfig
 from sample.decoder_scores import score
 from sample.labelled import load_decoder
@@ -288,9 +289,13 @@ def test_features_that_the_alignment_needs_are_looked_for_once(folder, monkeypat
     task.targets[0].encoder.register_forward_hook(lambda module, given, out: calls.append(len(out.last_hidden_state)))
     measured = task.step(batch)
     assert calls == [BATCH, BATCH // 2]  # the pictures, and what was rebuilt
+    calls.clear()
     monkeypatch.setattr("train.repae.FeatureDistance", type(None))  # then every distance is a stranger
-    torch.testing.assert_close(build(run, start(60)).step(batch)["perceptual"], measured["perceptual"])
-    assert calls == [BATCH, BATCH // 2]
+    apart = build(run, start(60))
+    apart.targets[0].encoder.register_forward_hook(lambda module, given, out: calls.append(len(out.last_hidden_state)))
+    torch.testing.assert_close(apart.step(batch)["perceptual"], measured["perceptual"])
+    assert sorted(calls) == [BATCH // 2, BATCH // 2, BATCH]  # the pictures twice
+    assert any(isinstance(module, UpsampledConv) for module in task.coder.modules())
 
 
 def test_a_sit_goes_on_from_an_earlier_one(folder, tmp_path):

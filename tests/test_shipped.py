@@ -22,7 +22,7 @@ ASSETS = ROOT / "assets" / "world"
 ELSEWHERE = (
     "understand.",  # each starts from the release of another run: tests/test_understand.py
     *(f"repae.{size}_f" for size in ("s", "b", "l", "xl")),  # and ImageNet: tests/test_repae.py
-    *("repae.world_ldm", "repae.decoder", "world.tuned_decoder"),  # each starts from another's release: tests/test_repae.py
+    *("repae.world_ldm", "repae.decoder", "world.tuned_decoder"),  # each starts from another's release: tests/test_assets.py
     *(f"metaquery.{size}_" for size in ("base", "large", "xlarge")),  # gigabytes of weights: tests/test_plan.py
 )
 BUILDABLE = [name for name in names() if not name.startswith(ELSEWHERE)]

@@ -3,6 +3,7 @@
     python -m train.benchmark metaquery --prefix-tokens 256 --json speed.json
     python -m train.benchmark reading
     python -m train.benchmark repae
+    python -m train.benchmark order
     python -m train.benchmark metaquery --config metaquery.xlarge_sana --device cuda --precision autocast --compile
 
 The plain path is the obvious way to train queries: as further rows of the token embeddings, which all get a gradient, and by
@@ -38,6 +39,7 @@ from model.metaquery import MetaQuery, blueprint
 from sample.cli import run
 from sample.measures import Measure, show, spread
 from train import stand_in
+from train.benchmark_order import Ordering, ordering
 from train.benchmark_reading import Reading, reading
 from train.benchmark_repae import Repae, repae
 from train.compiled import compile_blocks
@@ -77,11 +79,14 @@ class Metaquery:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark that the command line names."""
-    args = tyro.extras.subcommand_cli_from_dict({"metaquery": Metaquery, "reading": Reading, "repae": Repae}, args=argv)
+    commands = {"metaquery": Metaquery, "reading": Reading, "repae": Repae, "order": Ordering}
+    args = tyro.extras.subcommand_cli_from_dict(commands, args=argv)
     if isinstance(args, Metaquery):
         metaquery(args)
     elif isinstance(args, Reading):
         reading(args)
+    elif isinstance(args, Ordering):
+        ordering(args)
     else:
         repae(args)
 

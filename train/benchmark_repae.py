@@ -30,6 +30,7 @@ from model.upsample import split_upsampling
 from sample.measures import Measure, show, spread
 from train.loss import gaussian_kl, squared_error
 from train.machine import record
+from train.prompts import PromptsTold
 from train.ranks import Ranks, start
 from train.repae import POSTERIOR, RepaeTask, RepaeTaskConfig
 
@@ -63,6 +64,8 @@ def repae(args: Repae) -> None:
     config = run.task
     if not isinstance(config, RepaeTaskConfig) or config.sit is None or not config.train_vae:
         raise ValueError(f"config {args.config!r} trains no VAE with a SiT; give a joint run of configs/repae.py")
+    if isinstance(config.told, PromptsTold):
+        raise ValueError(f"config {args.config!r} is told captions, whose reading is timed by itself; give one told labels")
     run = replace(run, schedule=replace(run.schedule, batch_size=args.batch_size, accumulation=1))
     ranks = start(60)
     plain = replace(run, engine=replace(run.engine, zero=0, precision="fp32", compile=False))
@@ -189,7 +192,7 @@ class Official:
         self._freeze(False)
         with torch.autocast(device.type, torch.bfloat16):
             if judge is not None:
-                real, false = judge(pixels.requires_grad_(True)), judge(rebuilt.detach())
+                real, false = judge(pixels.detach().requires_grad_(True)), judge(rebuilt.detach())
                 self._update("discriminator", 0.5 * (F.relu(1 - real).mean() + F.relu(1 + false).mean()))
             predicted = sit(told, latents.detach(), t, eps, True)
             target = task.sit.noising.target(predicted.latents, eps, t)

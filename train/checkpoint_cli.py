@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from model.files import parse_config
+from model.files import check_new, parse_config
 from train import checkpoint
 from train.config import Run
 from train.ranks import start
@@ -98,6 +98,7 @@ def verify(path: Path) -> None:
 
 def export(path: Path, out: Path) -> None:
     """Builds the run that wrote the checkpoint, fills it, and has it write its release."""
+    check_new(out)
     manifest = checkpoint.verify(path)
     run = parse_config(Run, manifest.config, path / "manifest.json")
     ranks = start(run.engine.timeout_seconds)

@@ -149,8 +149,13 @@ class MetaQueryTask(BridgeTask, LoaderTask):
 def start_from(model: MetaQuery, release: Path, decoder: bool = True) -> None:
     """Take the tensors of a release over into a model of the same shape, in which more of the decoder may train; without
     `decoder`, those of queries and connector alone. Raises ValueError when they do not fit."""
-    file = release / "model.safetensors"
-    tensors = {name: t for name, t in read_tensors(file).items() if decoder or not name.startswith("decoder.")}
+    tensors = read_tensors(release / "model.safetensors") if decoder else bridge_tensors(release)
     wanted = {name: t for name, t in model.own_tensors().items() if name in tensors or not name.startswith("decoder.")}
-    match(tensors, wanted, file)
+    match(tensors, wanted, release / "model.safetensors")
     model.load_state_dict(tensors, strict=False)  # names are checked; the frozen rest came with the decoder
+
+
+def bridge_tensors(release: Path) -> dict[str, Tensor]:
+    """Queries and connector of a release, without its decoder."""
+    tensors = read_tensors(release / "model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.")}

@@ -13,11 +13,12 @@ import torch
 from data.batch import T2IBatch
 from model.connector import Connector, ConnectorConfig
 from model.decoder import SiTDecoder
-from model.files import match, read_tensors
+from model.files import match
 from model.metaquery import Bridge
 from model.mllm import MLLMConfig, load
 from model.prefix import Prefix
 from model.queries import Queries
+from train.metaquery import bridge_tensors
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,8 @@ class PromptsTold:
         queries = Queries(self.queries, mllm.width, mllm.embedding_std)
         bridge = Bridge(mllm, queries, Connector(self.connector, mllm.width, width, SiTDecoder.condition_gain))
         if self.init is not None:
-            file = self.init / "model.safetensors"
-            tensors = {name: t for name, t in read_tensors(file).items() if not name.startswith("decoder.")}
-            match(tensors, bridge.state_dict(), file)
+            tensors = bridge_tensors(self.init)
+            match(tensors, bridge.state_dict(), self.init / "model.safetensors")
             bridge.load_state_dict(tensors)
         return bridge
 
@@ -52,5 +52,5 @@ class PromptsTold:
         return (batch.prefix,)
 
     def whole(self, batch: T2IBatch, seed: int) -> tuple[Prefix]:
-        """The same."""
+        """The same: which captions are empty was decided when the batch was made."""
         return (batch.prefix,)

@@ -1,4 +1,4 @@
-"""Pictures and labels -> a VAE and a diffusion transformer that are trained together: one REPA-E step (Leng et al. 2025).
+"""Pictures and labels or captions -> a VAE and a diffusion transformer, trained together: a REPA-E step (Leng et al. 2025).
 
 The VAE learns to rebuild, to deceive a discriminator, and to have latents from which the transformer's early layers can tell
 what a frozen vision encoder sees; the diffusion loss itself never reaches it. Each of the three networks has an engine of
@@ -36,6 +36,7 @@ from model.noise import FlowConfig, Noising, build_noising, noise
 from model.perceptual import FeatureDistance, Perceptual, PerceptualConfig, load_perceptual
 from model.sit import SiT, SiTConfig
 from model.targets import Grid, Target, TargetConfig, load_target
+from model.upsample import merge_upsampling
 from model.vae import LatentVAE, VAEConfig, load_vae
 from train.ema import kept
 from train.engine import Engine
@@ -128,6 +129,8 @@ class RepaeTaskConfig:
             raise ValueError(f"data.task is {run.data.task}, and what task.told tells is in samples of {wanted}; give that")
         vae = load_vae(self.vae, weights=not self.fresh_vae)
         coder = Autoencoder(vae.autoencoder)
+        if self.train_vae and ranks.device.type == "cpu":  # twice as fast there; on a GPU nobody has measured it
+            merge_upsampling(coder)
         self._check(coder, run.data.image_size, ranks)
         for source in run.data.sources:
             if isinstance(source, Shards) and source.latents is not None:
@@ -283,7 +286,7 @@ class RepaeTask(LoaderTask):
         return measured
 
     def frozen(self) -> dict[str, str]:
-        """The VAE, where it only is read, the encoders, and the network of the perceptual distance."""
+        """The VAE, where it only is read, the encoders, the network of the perceptual distance, the MLLM of captions."""
         parts = {f"target {number}": target.encoder for number, target in enumerate(self.targets)}
         if "vae" not in self.engines:
             parts["vae"] = self.vae.autoencoder
@@ -294,7 +297,7 @@ class RepaeTask(LoaderTask):
         return {name: fingerprint(tensors_of(part)) for name, part in parts.items()}
 
     def preview(self, folder: Path, step: int) -> None:
-        """Pictures beside what the VAE makes of them, and what is drawn from their labels: previews/step-00000500.png."""
+        """Pictures beside what the VAE makes of them, and what is drawn of what is told: previews/step-00000500.png."""
         from train.repae_release import preview
 
         preview(self, folder / f"step-{step:08d}.png")

@@ -15,7 +15,7 @@ from model.files import dump_config, publish, write_json, write_whole
 from model.labels import LABELS_FILE, Labels
 from model.metaquery import Bridge, MetaQuery, MetaQueryConfig
 from model.noise import noise
-from model.store import save
+from model.store import BESIDE, save
 from model.vae import LatentVAE, VAEConfig
 from sample.grid import Cell, Row, table
 from sample.labelled import NOISE_FILE
@@ -48,17 +48,18 @@ def release(task: RepaeTask, folder: Path) -> None:
                 save_sit(draft / "sit", task.sit.sit, beside)
                 write_json(draft / NOISE_FILE, dump_config(task.config.noise))
                 if isinstance(teller, Bridge):
-                    save(draft / "bridge", _metaquery(task, teller, folder, LatentVAE(autoencoder)))
+                    save(draft / "bridge", _metaquery(task, teller, LatentVAE(autoencoder)))
 
 
-def _metaquery(task: RepaeTask, bridge: Bridge, folder: Path, vae: LatentVAE) -> MetaQuery:
-    """The model whose decoder and VAE will lie in `folder`."""
+def _metaquery(task: RepaeTask, bridge: Bridge, vae: LatentVAE) -> MetaQuery:
+    """The model whose decoder and VAE will lie beside its own folder."""
     told = task.config.told
     assert isinstance(told, PromptsTold)
+    dtype: Any = str(vae.autoencoder.dtype).removeprefix("torch.")
     config = MetaQueryConfig(
         mllm=told.mllm,
-        decoder=SiTDecoderConfig(path=str(folder / "sit")),
-        vae=VAEConfig(str(folder / "vae")),
+        decoder=SiTDecoderConfig(path=BESIDE + "sit"),
+        vae=VAEConfig(BESIDE + "vae", dtype=dtype),
         queries=told.queries,
         connector=told.connector,
         noise=task.config.noise,

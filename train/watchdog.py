@@ -21,8 +21,8 @@ HUNG = 6
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """How many seconds a part of training may take before the run is given up; 0: as many as it likes. All lie below
-    `engine.timeout_seconds`, after which the ranks that wait would give up without saying for whom."""
+    """How many seconds a part of training may take before the run is given up; 0: as many as it likes. Keep them below
+    `engine.timeout_seconds`, after which ranks that wait for another give up without saying for whom."""
 
     data_seconds: float = 480.0
     """For a batch."""
