@@ -2,6 +2,7 @@
 
 python -m data.write folder photos/ --out shards/photos            # photo.jpg beside photo.txt
 python -m data.write jsonl list.jsonl --out shards/list            # {"image": "a.png", "caption": "..."} a line
+python -m data.write jsonl llava.json --images images --out shards/chat     # a list with "image" and "conversations"
 python -m data.write emoji --font NotoColorEmoji.ttf --out shards/emoji
 """
 
@@ -56,7 +57,8 @@ class Folder:
 
 @dataclass(frozen=True, kw_only=True)
 class Jsonl:
-    """Pack a JSONL file: one object a line with "image" (a path) and "caption".
+    """Pack a JSONL file: one object a line with "image" (a path) and "caption"; or a JSON file that is a list of them, as
+    LLaVA's and ShareGPT's are.
 
     "text" or "instruction" may stand for "caption". "sources" (paths) are the images an edit starts from; "messages" with
     "images" (paths) is a conversation; "label" is a class number. All other fields go into the sample's json as they are."""
@@ -70,12 +72,24 @@ class Jsonl:
     """Samples in a shard."""
 
     def write(self) -> Written:
-        """Pack the lines in their order."""
-        lines = enumerate(self.file.read_bytes().splitlines(), 1)
-        return write_shards([job for job in lines if job[1].strip()], self._read, self.out, self.shard_size)
+        """Pack the lines, or the objects of the list, in their order."""
+        content = self.file.read_bytes()
+        listed = content.lstrip()[:1] == b"["
+        lines = self._listed(content) if listed else [line for line in enumerate(content.splitlines(), 1) if line[1].strip()]
+        return write_shards(lines, self._read, self.out, self.shard_size)
 
-    def _read(self, job: tuple[int, bytes]) -> Item:
-        fields = self._parse(*job)
+    def _listed(self, content: bytes) -> list[tuple[int, Any]]:
+        try:
+            return list(enumerate(json.loads(content), 1))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.file} is no JSON list ({error}); give one, or one object a line") from error
+
+    def _read(self, job: tuple[int, Any]) -> Item:
+        number, held = job
+        fields = self._parse(number, held) if isinstance(held, bytes) else held
+        if not isinstance(fields, dict):
+            where = "line" if isinstance(held, bytes) else "entry"
+            raise ValueError(f"{self.file} {where} {number} is not a JSON object; give nothing else")
         root = self.images or self.file.parent
         caption = next((fields[name] for name in CAPTIONS if fields.get(name)), "")
         if not isinstance(caption, str):
@@ -95,14 +109,11 @@ class Jsonl:
         rest = {name: value for name, value in fields.items() if name not in (*CAPTIONS, "image", "sources", "images")}
         return Item(caption, image, tuple(_bytes(root, path) for path in sources), rest)
 
-    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
+    def _parse(self, number: int, line: bytes) -> Any:
         try:
-            fields = json.loads(line)
+            return json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.file} line {number} is not JSON ({error}); give one object a line") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{self.file} line {number} is not a JSON object; give one object a line")
-        return fields
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,6 +123,20 @@ def test_jsonl_of_every_task(tmp_path):
     assert to_record("labelled", labelled) == Labelled("000000004", blue, 7)
 
 
+def test_a_list_as_llava_writes_it(tmp_path, capsys):
+    picture(tmp_path / "images/a.png", "red")
+    said = [{"from": "human", "value": "<image>\nwhich colour?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "llava.json").write_text(json.dumps([{"id": "a", "image": "a.png", "conversations": said}], indent=1))
+    assert run("jsonl", tmp_path / "llava.json", "--images", tmp_path / "images", "--out", tmp_path / "out") == 0
+    raw = ShardSource(str(tmp_path / "out" / "*.tar")).read(0)
+    turns = (Turn("user", "which colour?", (raw["image"],)), Turn("assistant", "red"))
+    assert to_record("chat", raw) == Conversation("000000000", turns)
+    for content, message in (("[1]", "entry 1 is not a JSON object"), ("[{]", "is no JSON list")):
+        (tmp_path / "llava.json").write_text(content)
+        assert run("jsonl", tmp_path / "llava.json", "--out", tmp_path / "other") == 2
+        assert message in capsys.readouterr().err
+
+
 def test_jsonl_lines_that_lack_something_are_counted(tmp_path, capsys):
     picture(tmp_path / "red.png", "red")
     lines = [
