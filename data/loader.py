@@ -92,7 +92,7 @@ class Positions(Dataset[T]):
             num_workers=self._workers,
             collate_fn=_unchanged,
             generator=generator,
-            worker_init_fn=_outlive_sigterm,
+            worker_init_fn=_outlive_signals,
         )
 
 
@@ -184,6 +184,7 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """Launchers send SIGTERM to the whole process group; the training saves then, and its workers leave with it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _outlive_signals(worker: int) -> None:
+    """Launchers and terminals signal the whole process group; the training saves then, and its workers leave with it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -89,12 +89,13 @@ def test_workers_change_nothing(data, straight):
     assert global_batches(with_workers, steps=4, world_size=2, start=3 * GLOBAL_BATCH) == straight[3:7]
 
 
-def test_workers_outlive_the_sigterm_that_a_launcher_sends_to_all(data, straight):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_workers_outlive_the_signal_that_a_launcher_sends_to_all(number, data, straight):
     batches = iter(Loader(replace(data, workers=2), Names(), GLOBAL_BATCH))
     seen = [next(batches), next(batches)]  # one of each worker: both have started
     for worker in multiprocessing.active_children():
         assert worker.pid is not None
-        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, number)
     seen += islice(batches, len(straight) - 2)
     assert seen == straight
 

@@ -1,5 +1,6 @@
 """The loop on a real task: an interrupted run ends where a straight one does; bad steps are counted, then stop it."""
 
+import itertools
 import json
 import os
 import signal
@@ -81,18 +82,44 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_undisturbed(st
     assert state(tmp_path) == state(straight)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(straight, tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(number, straight, tmp_path, capsys):
     class Signalled(Toy):
         def step(self, batch):
             if batch[0] == 2 * BATCH:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
             return super().step(batch)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     assert not train(tmp_path, Signalled(start(60), CONFIG), save_every=100)
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert "stopped, signal SIGTERM" in capsys.readouterr().out
+    assert signal.getsignal(number) == before
+    assert f"stopped, signal {number.name}" in capsys.readouterr().out
     assert not (tmp_path / "release").exists()
+    assert train(tmp_path)
+    assert state(tmp_path) == state(straight)
+
+
+def test_a_second_signal_ends_at_once_and_what_was_saved_is_whole(straight, tmp_path, monkeypatch):
+    """The first comes in step 3, the second while the save that it asked for writes its second file."""
+
+    class Signalled(Toy):
+        def step(self, batch):
+            if batch[0] == 2 * BATCH:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().step(batch)
+
+    write, files = checkpoint._write, itertools.count()
+
+    def interrupted(*given):
+        if (tmp_path / "checkpoints" / "step-00000002").exists() and next(files) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return write(*given)
+
+    monkeypatch.setattr(checkpoint, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Signalled(start(60), CONFIG))
+    assert [path.name for path in checkpoint.held(tmp_path / "checkpoints")] == ["step-00000002"]
+    assert (tmp_path / "checkpoints" / ".step-00000003.partial").exists()
     assert train(tmp_path)
     assert state(tmp_path) == state(straight)
 

@@ -251,7 +251,8 @@ class _Clock:
 
 @contextmanager
 def _interruptible() -> Iterator[list[str]]:
-    """A list that the first SIGTERM, SIGINT or SIGUSR1 enters by name; a second one acts as usual."""
+    """A list that the first SIGTERM, SIGINT or SIGUSR1 enters by name; a second of its kind ends the process at once, also
+    while it waits for another rank."""
     caught: list[str] = []
     usual: dict[int, Any] = {}
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from train.guard import Diverged
 from train.loop import fit
 from train.ranks import start
 
-DIVERGED, INTERRUPTED = 1, 75
+DIVERGED, INTERRUPTED = 1, os.EX_TEMPFAIL
 PLAN = "--plan"
 
 
