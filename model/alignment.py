@@ -25,16 +25,17 @@ class ProjectorConfig:
     """conv: how much of the mean over places is taken off each target channel before it is scaled to unit deviation."""
 
 
-class MLPProjector(nn.Sequential):
+class MLPProjector(nn.Module):
     """[B, N, D] -> [B, N, E], each token alone."""
 
     def __init__(self, width: int, out_width: int, hidden: int) -> None:
-        super().__init__(
+        super().__init__()
+        self.layers = nn.Sequential(
             nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out_width)
         )
 
-    def forward(self, input: Tensor, grid: Grid) -> Tensor:
-        return super().forward(input)
+    def forward(self, hidden: Tensor, grid: Grid) -> Tensor:
+        return self.layers(hidden)
 
     def prepare(self, target: Tensor) -> Tensor:
         return target

@@ -49,4 +49,4 @@ def split_upsampling(autoencoder: Any) -> None:
     for module in autoencoder.modules():
         if isinstance(module, Upsample2D) and isinstance(module.conv, UpsampledConv):
             module.interpolate = True
-            module.conv.__class__ = nn.Conv2d
+            module.conv.__class__ = nn.Conv2d  # pyright: ignore[reportAttributeAccessIssue]

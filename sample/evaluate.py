@@ -176,8 +176,9 @@ def vae(args: VAE) -> None:
         raise ValueError("--lpips needs a --size of at least 16")
     if args.inception is not None:
         check_inception(args.inception)
-    for name in (REAL, REBUILT) if args.keep is not None else ():
-        check_new(args.keep / name, "--keep")
+    if args.keep is not None:
+        for name in (REAL, REBUILT):
+            check_new(args.keep / name, "--keep")
     scored = load_vae(VAEConfig(args.vae)).to(device)
     if args.size % scored.factor:
         raise ValueError(f"--size is {args.size} and the VAE takes {scored.factor} pixels to a latent; give a multiple")

@@ -1,12 +1,13 @@
 import argparse
 import math
 import stat
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from model.files import read_json, read_tensors
@@ -179,7 +180,8 @@ def test_attention_over_places_is_that_of_latent_diffusion(tmp_path):
     """One head, softmax(q k / sqrt(c)) v between normalised inputs and their sum with the rest."""
     official, at = official_vae(), "encoder.down.1.attn.0"
     convert(saved(tmp_path / "a.pt"), tmp_path / "release")
-    ours = AutoencoderKL.from_pretrained(tmp_path / "release" / "vae").encoder.down_blocks[1].attentions[0]
+    vae: Any = AutoencoderKL.from_pretrained(tmp_path / "release" / "vae")
+    ours = vae.encoder.down_blocks[1].attentions[0]
     x = torch.randn(2, 64, 4, 4)
     h = F.group_norm(x, 32, official[f"{at}.norm.weight"], official[f"{at}.norm.bias"], eps=1e-6)
     q, k, v = (F.conv2d(h, official[f"{at}.{n}.weight"], official[f"{at}.{n}.bias"]).flatten(2) for n in ("q", "k", "v"))

@@ -1,5 +1,7 @@
 """Distances between sets of pictures, where the answer is known."""
 
+from typing import Any
+
 import pytest
 import torch
 from skimage.metrics import structural_similarity
@@ -60,7 +62,8 @@ def test_structural_similarity_is_that_of_scikit_image():
     generator = torch.Generator().manual_seed(0)
     pictures = torch.rand(2, 3, 20, 24, generator=generator) * 2 - 1
     rebuilt = (pictures + 0.3 * torch.randn(pictures.shape, generator=generator)).clamp(-1, 1)
-    options = dict(channel_axis=0, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    options: dict[str, Any] = dict(channel_axis=0, data_range=1.0, gaussian_weights=True)
+    options |= dict(sigma=1.5, use_sample_covariance=False)
     expected = [
         structural_similarity((a.double().numpy() + 1) / 2, (b.double().numpy() + 1) / 2, **options)
         for a, b in zip(rebuilt, pictures, strict=True)

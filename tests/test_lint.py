@@ -9,13 +9,14 @@ from PIL import Image
 
 from data import lint
 from data.pack import write_shards
+from data.records import Task
 from tests.test_shards import items, png, write_tar
 
 PICTURE = png((10, 20, 30))
 SAMPLE = [("a.png", PICTURE), ("a.txt", b"a caption")]
 
 
-def problems(tmp_path, members, task="t2i"):
+def problems(tmp_path, members, task: Task = "t2i"):
     """{(key, problem)} of one shard."""
     path = write_tar(tmp_path / "shard.tar", members)
     return {(found.key, found.problem) for found in lint.lint(path, task)}

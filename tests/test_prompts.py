@@ -1,6 +1,7 @@
 """Joint training told captions: the bridge trains along, the MLLM never, and what comes out is a MetaQuery."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -72,16 +73,17 @@ def test_the_release_is_a_metaquery_that_says_the_same(folder, tmp_path):
     assert model.vae.statistics[0] == pytest.approx(task.sit.norm.statistics()[0])
     assert Pipeline(model)(["a red circle"], [0], steps=2)[0].size == (16, 16)
     assert all(parameter.requires_grad for parameter in task.sit.parameters())  # a release freezes copies
-    again = prompted_run(folder, FP32)
+    again: Any = prompted_run(folder, FP32)
     told = replace(again.task.told, init=tmp_path / "moved" / "bridge")
     second = build(replace(again, task=replace(again.task, told=told, init=tmp_path / "moved" / "sit")), start(60))
-    for ours, theirs in ((second.sit.teller, model), (second.sit.sit, model.decoder.sit)):
+    pairs: Any = ((second.sit.teller, model), (second.sit.sit, model.decoder.sit))
+    for ours, theirs in pairs:
         held = theirs.state_dict()
         assert all(torch.equal(tensor, held[name]) for name, tensor in ours.state_dict().items())
 
 
 def test_what_does_not_fit_is_refused(folder):
-    run = prompted_run(folder, FP32)
+    run: Any = prompted_run(folder, FP32)
     told = run.task.told
     for changed, message in [
         (replace(run, data=replace(run.data, task="labelled")), "what task.told tells is in samples of t2i"),

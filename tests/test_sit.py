@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_positions_are_distinct_and_nearer_places_more_alike():
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_block_has_the_published_size(qk_norm):
     """adaLN-Zero blocks of DiT-XL: 18 D^2 + 15 D with biases; two qk norms of D / heads are ours."""
-    shape = dict(width=1152, depth=1, heads=16, shared_modulation=False, align_depth=1)
+    shape: dict[str, Any] = dict(width=1152, depth=1, heads=16, shared_modulation=False, align_depth=1)
     with torch.device("meta"):
         sit = SiT(SiTConfig(4, 32, 2, qk_norm=qk_norm, **shape))
     count = sum(parameter.numel() for parameter in sit.blocks.parameters())

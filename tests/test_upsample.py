@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +13,19 @@ from model.upsample import UpsampledConv, merge_upsampling, split_upsampling
 @pytest.fixture
 def plain():
     torch.manual_seed(0)
-    return AutoencoderKL(
+    shape: dict[str, Any] = dict(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(8, 8, 16),
         latent_channels=4,
         norm_num_groups=4,
-    ).double()
+    )
+    return AutoencoderKL(**shape).double()
 
 
 def test_one_transposed_convolution_is_upsampling_and_a_convolution():
     torch.manual_seed(0)
-    conv = nn.Conv2d(6, 5, 3, padding=1).double()
+    conv: Any = nn.Conv2d(6, 5, 3, padding=1).double()
     x = torch.randn(2, 6, 4, 7, dtype=torch.float64, requires_grad=True)
     expected = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
     gradients = torch.autograd.grad(expected.square().sum(), [x, conv.weight, conv.bias])
@@ -41,7 +43,7 @@ def test_an_autoencoder_rebuilds_the_same_and_is_saved_the_same(plain, tmp_path)
     latents = torch.randn(2, 4, 3, 5, dtype=torch.float64)
     torch.testing.assert_close(merged.decode(latents).sample, plain.decode(latents).sample)
     merged.save_pretrained(tmp_path)
-    loaded = AutoencoderKL.from_pretrained(tmp_path, torch_dtype=torch.float64)
+    loaded: Any = AutoencoderKL.from_pretrained(tmp_path, torch_dtype=torch.float64)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in plain.state_dict().items())
     torch.testing.assert_close(loaded.decode(latents).sample, plain.decode(latents).sample)
     split_upsampling(merged)

@@ -177,7 +177,7 @@ class Official:
         posterior, pixels = noise(batch.index, POSTERIOR, shape).to(device), batch.pixels.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
-                grid = sit.sit.grid(eps)
+                grid = task.sit.sit.grid(eps)
                 seen = [target(pixels, grid) for target in task.targets]
             latents, mean, logvar, rebuilt = vae(pixels, posterior)
             self._freeze(True)

@@ -166,13 +166,12 @@ def data(run: Run, ranks: Ranks) -> Finding:
 
 def step(run: Run, ranks: Ranks) -> Finding:
     """Builds the task, reads a batch and takes one optimizer step; what that takes, and what a checkpoint will."""
-    task = run.task.build(run, ranks)
+    task: Any = run.task.build(run, ranks)
     batches = task.batches(0)
     began = time.perf_counter()
     held = [next(batches) for _ in range(run.schedule.accumulation)]
     read = time.perf_counter() - began
-    for batch in held:
-        scalars = task.step(batch)
+    scalars = [task.step(batch) for batch in held][-1]
     loss = ", ".join(f"{name} {float(value):.4g}" for name, value in scalars.items())
     seconds = time.perf_counter() - began - read
     objection = next((e.last.objection for e in task.engines.values() if e.last and e.last.objection), None)

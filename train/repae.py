@@ -315,7 +315,8 @@ class RepaeTask(LoaderTask):
 
     def _given(self, batch: Any, shape: tuple[int, int, int]) -> tuple[Any, Tensor, Tensor]:
         """What both passes through the SiT share: what is told, times [B] and noise [B, c, h, w], by sample number."""
-        told = tuple(part.to(self.ranks.device) for part in self.config.told(batch, self.seed, self.batch_size))
+        parts: Any = self.config.told(batch, self.seed, self.batch_size)
+        told = tuple(part.to(self.ranks.device) for part in parts)
         if isinstance(self.sit.teller, Bridge):  # captions are read once for both
             told = (self.sit.teller.mllm.prefill(*told),)
         t = self.sit.noising.times(batch.index, self.seed).to(self.ranks.device)
@@ -369,10 +370,10 @@ class RepaeTask(LoaderTask):
 
     def _apart(self, distance: Perceptual, rebuilt: Tensor, pixels: Tensor, seen: list[Tensor]) -> Tensor:
         """The perceptual distance [R]; what the alignment's encoder saw in the pictures is not looked for again."""
-        for target, features in zip(self.targets, seen, strict=False):  # nothing is seen once nothing is aligned
-            known = isinstance(distance, FeatureDistance) and distance.target is target
-            if known and distance.grid(pixels) == self._grid(pixels):
-                return distance(rebuilt, pixels, features[: len(pixels)])
+        if isinstance(distance, FeatureDistance):
+            for target, features in zip(self.targets, seen, strict=False):  # nothing is seen once nothing is aligned
+                if target is distance.target and distance.grid(pixels) == self._grid(pixels):
+                    return distance(rebuilt, pixels, features[: len(pixels)])
         return distance(rebuilt, pixels)
 
     def _latent_loss(self, latents: Tensor, given: tuple[Any, Tensor, Tensor], seen: list[Tensor]) -> Tensor:
