@@ -5,10 +5,11 @@ into a key/value cache, and only the queries run with one. Whatever transformers
 or goes on from a cache, and its `lm_head` names the next token; what differs between families is how a prefix is made
 (model/mllm.py). Letters: B batch, P prefix tokens, Q queries, D width, V vocabulary."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -144,16 +145,16 @@ class FrozenMLLM:
     def _prefill(self, prefix: Prefix) -> Prefilled:
         head = self._head(prefix)
         rest = prefix if head is None else prefix.without_head()
-        given, cache = self.arguments(rest), None
+        given, cache = self.arguments(rest), self._cache()
         if head is not None:
             head = head.repeated(prefix.batch_size)
             cache = self._cache(head)
             if rest.padded:
                 given["attention_mask"] = torch.cat([head.mask, rest.mask], dim=1)
         with _own_dtype(self.device):
-            out = self.model.model(**given, past_key_values=cache, use_cache=True)
+            out = self.model.model(**given, **_growing(self.model.model, cache))
         return Prefilled(
-            layers=tuple((layer.keys, layer.values) for layer in out.past_key_values.layers),
+            layers=tuple((layer.keys, layer.values) for layer in cache.layers),
             mask=rest.mask if head is None else torch.cat([head.mask, rest.mask], dim=1),
             next_positions=_ends_at(prefix) + 1,
             states=out.last_hidden_state if head is None else torch.cat([head.states, out.last_hidden_state], dim=1),
@@ -197,12 +198,12 @@ class FrozenMLLM:
             seen = cache.get_seq_length() - known.mask.shape[1] + embeds.shape[1]  # tokens after the prefix
             mask = torch.cat([known.mask, known.mask.new_ones(known.batch_size, seen)], dim=1)
         with _own_dtype(self.device):
-            out = self.model.get_decoder()(
+            decoder = self.model.get_decoder()
+            out = decoder(
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=self._on_axes(positions),
-                past_key_values=cache,
-                use_cache=True,
+                **_growing(decoder, cache),
             )
         return out.last_hidden_state
 
@@ -210,11 +211,11 @@ class FrozenMLLM:
         """Positions [B, Q] of text as this model takes them: the same on every axis."""
         return positions if self.position_axes is None else positions.expand(self.position_axes, -1, -1)
 
-    def _cache(self, known: Prefilled) -> DynamicCache:
-        """A cache that starts with the prefilled tensors and grows by concatenation, which leaves them alone."""
+    def _cache(self, known: Prefilled | None = None) -> Any:
+        """A cache that starts with the prefilled tensors (or empty) and grows by concatenation, which leaves them alone."""
         cache = DynamicCache(config=self.model.config.get_text_config())
         layers: list[Any] = cache.layers
-        for layer, (keys, values) in zip(layers, known.layers, strict=True):
+        for layer, (keys, values) in zip(layers, known.layers if known is not None else (), strict=known is not None):
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
         return cache
@@ -226,6 +227,16 @@ class FrozenMLLM:
 
     def _decode(self, ids: list[int]) -> str:
         return self.builder.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _growing(module: Any, cache: DynamicCache) -> dict[str, Any]:
+    """The arguments that have a module of transformers read on from `cache` and add to it. Their name changed in 5.24."""
+    return {"cache" if _names_cache(type(module)) else "past_key_values": cache, "use_cache": True}
+
+
+@lru_cache
+def _names_cache(kind: type) -> bool:
+    return "cache" in inspect.signature(kind.forward).parameters
 
 
 def _own_dtype(device: torch.device) -> Any:

@@ -26,6 +26,12 @@ def parts(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """A terminal in which no sentence is broken."""
+    monkeypatch.setenv("COLUMNS", "400")
+
+
 def said(capsys) -> str:
     return " ".join(capsys.readouterr().out.replace("│", " ").split())
 
