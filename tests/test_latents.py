@@ -78,7 +78,7 @@ def test_a_second_stage_reads_latents_in_place_of_its_frozen_vae(parts, tmp_path
     with torch.no_grad():
         expected = vae.encode(batch.pixels).latent_dist.mode()
     torch.testing.assert_close(seen[0], expected, rtol=2e-3, atol=2e-3)  # float16
-    with pytest.raises(ValueError, match="latents are those of a VAE that stays"):
+    with pytest.raises(ValueError, match="latents serve a VAE that stays"):
         build(replace(run, task=replace(run.task, train_vae=True)), start(60))
 
 
