@@ -168,7 +168,7 @@ def in_plain_torch(run: Run) -> tuple[list[dict[str, float]], dict[str, torch.Te
             optimizers[name].step()
             optimizers[name].zero_grad()
         sit.norm.settle(True, keep=1.0)
-        seen.append({name: float(value) for name, value in scalars.items()} | norms)
+        seen.append({name: float(value.detach()) for name, value in scalars.items()} | norms)
     found = {}
     for name, module in modules.items():
         found |= {f"{name}.{key}": tensor.detach().clone() for key, tensor in module.state_dict().items()}
