@@ -12,12 +12,14 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
 from data.parallel import each_shard
-from data.shard_index import index_shard, recorded_digest, sha256_of
+from data.shard_index import index_shard, recorded_digest
 from data.shards import expand
+from model.files import sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ def _verified(path: str) -> Indexed:
         known = recorded_digest(path)
         if not known:
             return Indexed(problem=f"shard {path} has no sha256 to compare with; index it first")
-        if sha256_of(path) != known["sha256"]:
+        if sha256_of(Path(path)) != known["sha256"]:
             return Indexed(problem=f"shard {path} is damaged: its bytes are not those that were indexed; fetch it again")
         return Indexed(len(index_shard(path)), os.path.getsize(path))
     except (ValueError, OSError) as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from model.files import write_whole
+from model.files import sha256_of, write_whole
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LATENT = "npy"  # the member of a tar of latents (data/latents.py)
@@ -47,7 +47,7 @@ def index_shard(path: str, digest: bool = False) -> ShardIndex:
         content = _cached(cache, stamp)
         if content is not None and (not digest or content.get("hashed_mtime_ns") == state.st_mtime_ns):
             return _to_index(path, content)
-    known = {"sha256": sha256_of(path), "hashed_mtime_ns": state.st_mtime_ns} if digest else recorded_digest(path)
+    known = {"sha256": sha256_of(Path(path)), "hashed_mtime_ns": state.st_mtime_ns} if digest else recorded_digest(path)
     content = stamp | scan(path) | known
     for cache in _caches(path):
         if _write(cache, content):
@@ -63,12 +63,6 @@ def recorded_digest(path: str) -> dict[str, Any]:
         if content is not None and all(name in content for name in names):
             return {name: content[name] for name in names}
     return {}
-
-
-def sha256_of(path: str) -> str:
-    """Of a shard's bytes, all of them."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def scan(path: str) -> dict[str, list]:

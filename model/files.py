@@ -1,5 +1,6 @@
 """Tensors and values -> files and folders that are complete or absent, and back."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -132,6 +133,12 @@ def _unknown(raw: Any, known: Any) -> str | None:
         if below := _unknown(value, known[key]):
             return f"{key}.{below}"
     return None
+
+
+def sha256_of(path: Path) -> str:
+    """Of all bytes of a file, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,6 @@
 """Nearest-neighbour upsampling and the convolution after it -> one transposed convolution, the same to rounding.
 
-Two thirds of an autoencoder's decoder may be such convolutions, over pictures in which every value stands four times.
+A third of the products of an AutoencoderKL's decoder are such convolutions, over pictures that hold each value four times.
 Letters: B batch, c channels, h w rows, columns."""
 
 from typing import Any

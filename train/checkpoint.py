@@ -13,7 +13,6 @@ Nothing in it depends on the number of ranks or the ZeRO stage. The folder must 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.files import sync
+from model.files import sha256_of, sync
 from train.engine import KINDS, Engine
 from train.ranks import Ranks
 
@@ -162,7 +161,7 @@ def verify(path: Path) -> Manifest:
     manifest = manifest_of(path)
     for name, expected in manifest.sha256.items():
         file = path / name
-        if not file.is_file() or _sha256(file) != expected:
+        if not file.is_file() or sha256_of(file) != expected:
             raise ValueError(f"{file} is {'damaged' if file.is_file() else 'missing'}")
     return manifest
 
@@ -270,17 +269,12 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     os.umask(umask)
     path.chmod(0o666 & ~umask)  # safetensors writes 0600
     sync(path)
-    return {path.name: _sha256(path)}
+    return {path.name: sha256_of(path)}
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
     sync(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def versions(run: Run, ranks: Ranks) -> Finding:
 
 def settings(run: Run, ranks: Ranks) -> Finding:
     """The resolved run; the same everywhere."""
-    alike = all(each == dump_config(run) for each in ranks.gather(dump_config(run)))
+    mine = dump_config(run)
+    alike = all(each == mine for each in ranks.gather(mine))
     said = f"{run.name}: {ranks.world} rank(s), ZeRO {run.engine.zero}, {run.engine.precision}, on {ranks.device.type}"
     return Finding(said, None if alike else "ranks were started with different settings; give all of them the same words")
 
@@ -175,7 +177,7 @@ def step(run: Run, ranks: Ranks) -> Finding:
     loss = ", ".join(f"{name} {float(value):.4g}" for name, value in scalars.items())
     seconds = time.perf_counter() - began - read
     objection = next((e.last.objection for e in task.engines.values() if e.last and e.last.objection), None)
-    size = 4 * len(KINDS) * sum(_elements(shape) for e in task.engines.values() for shape in e.shapes().values())
+    size = 4 * len(KINDS) * sum(prod(shape) for e in task.engines.values() for shape in e.shapes().values())
     kept = size * (run.schedule.keep + 1)  # a new one is whole before an old one goes
     free = shutil.disk_usage(_existing(run.folder.absolute())).free
     memory = ""
@@ -205,10 +207,6 @@ def _careful(look: Look, run: Run, ranks: Ranks) -> Finding:
 def _existing(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     return next(each for each in (path, *path.parents) if each.exists())
-
-
-def _elements(shape: Any) -> int:
-    return torch.Size(shape).numel()
 
 
 if __name__ == "__main__":
