@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from data.address import uniform
+from data.buckets import Buckets
 from data.dropout import Dropout, drop
 from data.records import BadSample, Conversation, Edit, Labelled, TextToImage
 from data.transforms import resize_and_crop, to_tensor
@@ -85,6 +86,7 @@ class TextToImageCollate:
     image_size: int  # pixels a side
     dropout: Dropout
     seed: int
+    buckets: Buckets | None = None  # shapes of batches; None: squares
 
     def check(self, record: TextToImage | Edit) -> None:
         """BadSample for a source picture that image processors refuse."""
@@ -102,7 +104,7 @@ class TextToImageCollate:
         prefix = self.builder.draw(prompts, images)
         scenes = tuple(record.scene if isinstance(record, TextToImage) else None for record in records)
         latents = _latents(records)
-        pixels = None if latents is not None else _pixels(records, self.image_size)
+        pixels = None if latents is not None else _pixels(records, self.image_size, self.buckets)
         return T2IBatch(torch.tensor(indices), prefix, pixels, scenes, latents)
 
 
@@ -130,6 +132,7 @@ class LabelledCollate:
     image_size: int  # pixels a side
     flip: bool = False
     seed: int = 0
+    buckets: Buckets | None = None  # shapes of batches; None: squares
 
     def __call__(self, records: Sequence[Labelled], indices: Sequence[int]) -> LabelledBatch:
         numbers = [record.label for record in records if isinstance(record.label, int)]
@@ -137,7 +140,7 @@ class LabelledCollate:
         if numbers and scenes:
             raise ValueError("data.sources mixes class numbers with scenes as labels; give sources of one kind")
         labels = torch.tensor(numbers) if numbers else scenes
-        pixels = _pixels(records, self.image_size)
+        pixels = _pixels(records, self.image_size, self.buckets)
         if self.flip:
             mirrored = torch.tensor([uniform(self.seed, "flip", index) < 0.5 for index in indices])
             pixels[mirrored] = pixels[mirrored].flip(-1)
@@ -170,6 +173,8 @@ def _latents(records: Sequence[TextToImage | Edit | Labelled]) -> torch.Tensor |
     return torch.from_numpy(np.stack(known)) if known else None  # [B, c, h, w]
 
 
-def _pixels(records: Sequence[TextToImage | Edit | Labelled], size: int) -> torch.Tensor:
+def _pixels(records: Sequence[TextToImage | Edit | Labelled], size: int, buckets: Buckets | None) -> torch.Tensor:
+    """[B, 3, H, W], of the bucket in which the loader has gathered them."""
     images = [record.image for record in records if record.image is not None]
-    return torch.stack([to_tensor(resize_and_crop(image, size)) for image in images])  # [B, 3, H, W]
+    shape = (size, size) if buckets is None else buckets.shape_of(images[0])
+    return torch.stack([to_tensor(resize_and_crop(image, shape)) for image in images])

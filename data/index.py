@@ -1,24 +1,28 @@
-"""Shards -> their indexes and the sha256 of each, made ahead of a training and in parallel.
+"""Shards -> their indexes, with the sha256 of each and the shapes of its pictures, made ahead of a training, in parallel.
 
     python -m data.index 'shards/*.tar'
     python -m data.index 'shards/*.tar' --verify        # later, or on another machine: is every byte what it was?
+    python -m data.index 'https://example.org/{0000..0099}.tar' --out indexes       # then put them beside the shards
 
 An index lies beside its shard as NAME.tar.idx.json (count, offsets and sizes of members, bytes, sha256), or in the user's
 cache folder where the shard's folder cannot be written. Training makes missing ones by itself, without the sha256 and on one
-core. Exit code 1 when a shard is damaged or has changed, each named.
+core; of shards elsewhere it needs them, since each has to be fetched once for it. Exit code 1 when a shard is damaged or has
+changed, each named.
 """
 
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
 
 from data.parallel import each_shard
-from data.shard_index import index_shard, recorded_digest
+from data.shard_index import index_shard, index_shards, keep_index, make_index, recorded_digest
 from data.shards import expand
+from data.storage import here, is_url
 from model.files import sha256_of
 
 
@@ -30,6 +34,8 @@ class Args:
     """Paths of the shards, with braces and wildcards."""
     verify: bool = False
     """Read every shard again, and compare with the sha256 that its index has."""
+    out: Path | None = None
+    """A folder for the indexes; by default beside the shards, or for shards elsewhere in the user's cache folder."""
     jobs: int = 0
     """Processes; 0: one for each core."""
 
@@ -47,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 when every shard is whole, 1 when one is not, 2 with one sentence for input that cannot be used."""
     args = tyro.cli(Args, args=arguments, prog="python -m data.index", description=__doc__)
     try:
-        work = _verified if args.verify else _indexed
+        work = _verified if args.verify else partial(_indexed, out=args.out)
         found = list(each_shard(work, expand(args.urls), args.jobs, "verifying" if args.verify else "indexing"))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,9 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(len(whole) < len(found))
 
 
-def _indexed(path: str) -> Indexed:
+def _indexed(path: str, out: Path | None) -> Indexed:
     try:
-        return Indexed(len(index_shard(path, digest=True)), os.path.getsize(path))
+        with here(path) as file:
+            if out is None and not is_url(path):
+                index = index_shard(path, digest=True, shapes=True)
+            else:
+                index = keep_index(path, make_index(file, digest=True, shapes=True), out)
+            return Indexed(len(index), os.path.getsize(file))
     except (ValueError, OSError) as error:
         return Indexed(problem=str(error))
 
@@ -75,9 +86,10 @@ def _verified(path: str) -> Indexed:
         known = recorded_digest(path)
         if not known:
             return Indexed(problem=f"shard {path} has no sha256 to compare with; index it first")
-        if sha256_of(Path(path)) != known["sha256"]:
-            return Indexed(problem=f"shard {path} is damaged: its bytes are not those that were indexed; fetch it again")
-        return Indexed(len(index_shard(path)), os.path.getsize(path))
+        with here(path) as file:
+            if sha256_of(Path(file)) != known["sha256"]:
+                return Indexed(problem=f"shard {path} is damaged: its bytes are not those that were indexed; fetch it again")
+            return Indexed(len(index_shards([path])[0]), os.path.getsize(file))
     except (ValueError, OSError) as error:
         return Indexed(problem=str(error))
 

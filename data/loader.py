@@ -6,27 +6,25 @@ any number of ranks and workers, and a resumed run neither repeats nor loses a s
 """
 
 import itertools
-import logging
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data.buckets import Buckets
 from data.dropout import Dropout
-from data.order import Order
+from data.order import BucketedOrder, Order, Place
+from data.pools import Pool, pools_of
+from data.quality import MAX_BAD_IN_A_ROW, Quality
 from data.records import DRAWN, BadSample, Record, Task, to_record
 from data.shards import Shards, ShardSource
 from data.source import Source, WorldSource
-
-MAX_BAD_IN_A_ROW = 100
-MAX_BAD_SHARE = 0.01
-MIN_READ_TO_JUDGE = 1_000  # samples, before the share of bad ones counts
-
-log = logging.getLogger(__name__)
+from data.storage import CacheConfig
+from data.stream import StreamSource
 
 T = TypeVar("T", covariant=True)
 Collate = Callable[[Sequence[Any], Sequence[int]], Any]  # (records, sample numbers) -> batch
@@ -57,17 +55,41 @@ class Data:
     sources: tuple[World | Shards, ...] = (World(),)
     task: Task = "t2i"
     image_size: int = 64  # pixels a side
+    max_aspect: float = 1.0  # above 1: batches of pictures up to so many times as long as wide, of about the same area
+    bucket_step: int = 64  # pixels of which their sides are multiples
     dropout: Dropout = field(default_factory=Dropout)
     workers: int = 0  # processes that prepare batches; 0 prepares them in the training process
+    max_bad_share: float = 0.01  # of samples that cannot be used and are replaced, in all or of a shard; more ends the run
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    @property
+    def buckets(self) -> Buckets | None:
+        """The shapes of batches; None where every picture becomes a square."""
+        return None if self.max_aspect == 1 else Buckets(self.image_size, self.max_aspect, self.bucket_step)
+
+    def name(self, source: int) -> str:
+        """What a source is called in logs."""
+        config = self.sources[source]
+        return config.split if isinstance(config, World) else config.urls
 
 
-def open_source(config: World | Shards, task: Task, image_size: int) -> Source:
-    """The random-access source that `config` names; the world is rendered at `image_size` pixels a side."""
+def open_source(data: Data, config: World | Shards, seed: int = 0, rank: int = 0, ranks: int = 1) -> Source:
+    """The source that `config`, one of the data's, names. A world is rendered at its image size; a stream gives the part of
+    this rank."""
     if isinstance(config, World):
-        return WorldSource(config.seed, config.split, task, image_size)
-    if config.latents is not None and task not in (*DRAWN, "labelled"):
-        raise ValueError(f"data.sources latents stand for pictures to draw, and data.task {task} draws none; leave them out")
-    return ShardSource(config.urls, config.latents, keep_pictures=task in ("i2i", "labelled"))
+        return WorldSource(config.seed, config.split, data.task, data.image_size)
+    if config.stream:
+        if data.buckets is not None:
+            raise ValueError("data.max_aspect: the shapes of a stream's pictures are not known; set its stream to 0")
+        return StreamSource(config.urls, config.stream, seed, rank, ranks)
+    if config.latents is not None and data.task not in (*DRAWN, "labelled"):
+        raise ValueError(
+            f"data.sources latents stand for pictures to draw, and data.task {data.task} draws none; leave them out"
+        )
+    if config.latents is not None and data.buckets is not None:
+        raise ValueError("data.sources latents are those of squares; leave them out, or set data.max_aspect to 1")
+    keep = data.task in ("i2i", "labelled")
+    return ShardSource(config.urls, config.latents, keep, shapes=data.buckets is not None, cache=data.cache)
 
 
 class Positions(Dataset[T]):
@@ -99,85 +121,115 @@ class Positions(Dataset[T]):
 @dataclass(frozen=True)
 class _Fetched:
     batch: Any  # None: too many bad samples in a row
-    rejects: Counter[tuple[str, str]]  # (source, reason) -> samples
+    read: Counter[str]  # samples by the name of their source
+    looked_at: Counter[str]  # by their shard, replaced ones included
+    rejects: Counter[tuple[str, str]]  # (shard, reason) -> samples
 
 
 class _Batches(Positions[_Fetched]):
-    """Position -> this rank's rows of the global batch there. Pure, so that any worker can do it."""
+    """Position -> this rank's rows of the global batch there. Pure, so that any worker can do it (but for streams)."""
 
-    def __init__(self, config: Data, collate: Collate, rows: range, seed: int):
+    def __init__(self, config: Data, collate: Collate, rows: range, seed: int, batch_size: int):
         super().__init__(rows, config.workers)
-        self._names = [source.split if isinstance(source, World) else source.urls for source in config.sources]
-        self._sources = [open_source(source, config.task, config.image_size) for source in config.sources]
-        weights = [source.weight for source in config.sources]
-        self._order = Order([len(source) for source in self._sources], weights, seed)
         self._task: Task = config.task
         self._collate = collate
+        sources = [open_source(config, source, seed, rows.start, rows.step) for source in config.sources]
+        weights, buckets = [source.weight for source in config.sources], config.buckets
+        by_source = [pools_of(config.name(number), source, buckets) for number, source in enumerate(sources)]
+        self._pools = list(itertools.chain(*by_source))
+        lengths = [[len(pool) for pool in pools] for pools in by_source]
+        if buckets is None:
+            self._order = Order([length for (length,) in lengths], weights, seed)
+        else:
+            self._order = BucketedOrder(lengths, weights, seed, batch_size)
+        self._streams = [source for source in sources if isinstance(source, StreamSource)]
+
+    def __iter__(self) -> Iterator[_Fetched]:
+        for source in self._streams:
+            source.begin(self.samples)
+        yield from super().__iter__()
 
     def __getitem__(self, position: int) -> _Fetched:
         samples = self.numbers(position)
-        rejects: Counter[tuple[str, str]] = Counter()
+        places = [self._order.place(sample) for sample in samples]
+        self._fetch(places)
+        fetched = _Fetched(None, Counter(), Counter(), Counter())
         records = []
-        for sample in samples:
-            record = self._record(sample, rejects)
+        for place in places:
+            record = self._record(self._pools[place.pool], place.index, fetched)
             if record is None:
-                return _Fetched(None, rejects)
+                return fetched
             records.append(record)
-        return _Fetched(self._collate(records, samples), rejects)
+        return replace(fetched, batch=self._collate(records, samples))
 
-    def _record(self, sample: int, rejects: Counter[tuple[str, str]]) -> Record | None:
-        """The record at this sample number; in place of a bad one, the next good one of the same source."""
-        place = self._order.place(sample)
-        source, name = self._sources[place.source], self._names[place.source]
+    def _fetch(self, places: Sequence[Place]) -> None:
+        wanted: defaultdict[int, list[int]] = defaultdict(list)
+        for place in places:
+            wanted[place.pool].append(self._pools[place.pool].number(place.index))
+        for pool, numbers in wanted.items():
+            self._pools[pool].source.fetch(numbers)
+
+    def _record(self, pool: Pool, index: int, fetched: _Fetched) -> Record | None:
+        """The record at this index of a pool; in place of a bad one, the next good one."""
+        fetched.read[pool.name] += 1
         for ahead in range(MAX_BAD_IN_A_ROW):
-            index = place.index + ahead
+            number, reason = pool.number(index + ahead), None
             try:
-                record = to_record(self._task, source.read(index % len(source) if len(source) else index))
+                record = to_record(self._task, pool.source.read(number))
                 if isinstance(self._collate, Selective):
                     self._collate.check(record)
                 return record
             except BadSample as bad:
-                rejects[name, bad.reason] += 1
-                log.debug("source %s, sample %d: %s", name, index, bad.reason)
+                reason = bad.reason
+            finally:
+                origin = pool.source.origin(number)  # of a stream, known only now
+                fetched.looked_at[origin] += 1
+                if reason is not None:
+                    fetched.rejects[origin, reason] += 1
         return None
 
 
 class Loader:
     """Endless batches for one rank. `samples`, the global samples handed out so far, is the whole state: set it to resume.
 
-    `collate` turns this rank's records and their global sample numbers into a batch (data/batch.py). ValueError when the
-    data is too bad to go on: past 1 % rejects, or 100 in a row."""
+    `collate` turns this rank's records and their global sample numbers into a batch (data/batch.py). Where the data has
+    buckets, the `batch_size` samples of an optimizer step, over all ranks and micro-batches, are of one shape; by default,
+    those of one micro-batch. ValueError when the data is too bad to go on (data/quality.py)."""
 
     def __init__(
-        self, config: Data, collate: Collate, batch_size_per_rank: int, rank: int = 0, world_size: int = 1, seed: int = 0
+        self,
+        config: Data,
+        collate: Collate,
+        batch_size_per_rank: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        batch_size: int | None = None,
     ):
         if batch_size_per_rank < 1:
             raise ValueError(f"the batch size per rank is {batch_size_per_rank}; give at least one sample to every rank")
         if config.workers < 0:
             raise ValueError(f"data.workers is {config.workers}; give 0 or the number of worker processes")
         self.samples = 0
-        self.rejects: Counter[tuple[str, str]] = Counter()  # (source, reason) -> samples this rank had to replace
-        self._read = 0  # samples this rank has handed out since it started
+        self.quality = Quality(config.max_bad_share)
+        self.read = Counter({config.name(number): 0 for number in range(len(config.sources))})  # by source, since it started
         self._global_batch = batch_size_per_rank * world_size
-        self._batches = _Batches(config, collate, range(rank, self._global_batch, world_size), seed)
+        rows = range(rank, self._global_batch, world_size)
+        self._batches = _Batches(config, collate, rows, seed, batch_size or self._global_batch)
+
+    @property
+    def rejects(self) -> Counter[tuple[str, str]]:
+        """(shard, reason) -> samples this rank had to replace since it started."""
+        return self.quality.rejects
 
     def __iter__(self) -> Iterator[Any]:
         """Batches from `samples` on. `samples` moves when a batch is handed out, however far the workers have read ahead."""
         self._batches.samples = self.samples
         for fetched in self._batches:
-            self.rejects += fetched.rejects
-            self._read += len(self._batches.rows)
-            self._judge(fetched)
+            self.read.update(fetched.read)
+            self.quality.judge(fetched.looked_at, fetched.rejects, whole=fetched.batch is not None)
             self.samples += self._global_batch
             yield fetched.batch
-
-    def _judge(self, fetched: _Fetched) -> None:
-        bad = self.rejects.total()
-        counts = "; ".join(f"{count} x {reason} ({source})" for (source, reason), count in self.rejects.most_common(5))
-        if fetched.batch is None:
-            raise ValueError(f"{MAX_BAD_IN_A_ROW} samples in a row cannot be used: {counts}; check data.sources, data.task")
-        if self._read >= MIN_READ_TO_JUDGE and bad > MAX_BAD_SHARE * self._read:
-            raise ValueError(f"{bad} of {self._read} samples cannot be used: {counts}; repair or remove that source")
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,5 +1,7 @@
 """A tar shard -> where every sample's members lie in it, found once and kept beside the shard as `NAME.tar.idx.json`.
 
+Of a shard elsewhere, the index beside it or in the user's cache folder is read; `python -m data.index` makes it.
+
 tarfile takes a broken or missing header for the end of the archive and says nothing, so an archive counts as whole only
 if an end-of-archive block follows the last member and nothing but zeros follows that.
 """
@@ -9,12 +11,16 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 import numpy as np
 
+from data.storage import beside, download, is_url, user_cache
+from data.transforms import UNKNOWN, Shape, upright_shape
 from model.files import sha256_of, write_whole
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -23,6 +29,7 @@ MAX_BYTES = dict.fromkeys(IMAGES, 64 << 20) | {"txt": 1 << 20, "json": 4 << 20, 
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key, then all past the first dot: webdataset's convention
 VERSION = 2
 BLOCK_BYTES = 512  # of tar's format
+HEAD_BYTES = 1 << 16  # of a picture, in which its header nearly always lies
 
 
 @dataclass(frozen=True)
@@ -33,33 +40,96 @@ class ShardIndex:
     keys: np.ndarray  # [samples] UTF-8 bytes
     extensions: tuple[str, ...]
     spans: np.ndarray  # [samples, extensions, 2] int64: offset and size in bytes; size -1 where there is no such member
+    shapes: np.ndarray | None = None  # [samples, 2] int32: height and width of the upright picture, 0 0 where it has none
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
-def index_shard(path: str, digest: bool = False) -> ShardIndex:
-    """The index of the shard at `path`, read from its cache or made; with `digest`, its cache keeps the shard's sha256 as it
-    is now. ValueError if the shard is not a whole tar."""
-    state = os.stat(path)
-    stamp = {"version": VERSION, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
+def index_shards(paths: Sequence[str], shapes: bool = False) -> list[ShardIndex]:
+    """The indexes of shards, with the `shapes` of their pictures or without; those of local ones are made where they are
+    missing. ValueError for a shard that is not a whole tar, or that lies elsewhere and has no index."""
+    elsewhere = [path for path in paths if is_url(path)]
+    found = dict(zip(elsewhere, _remote_indexes(elsewhere, shapes), strict=True)) if elsewhere else {}
+    return [found[path] if path in found else index_shard(path, shapes=shapes) for path in paths]
+
+
+def index_shard(path: str, digest: bool = False, shapes: bool = False) -> ShardIndex:
+    """The index of the local shard at `path`, read from its cache or made; with `digest`, its cache keeps the shard's sha256
+    as it is now. ValueError if the shard is not a whole tar."""
+    stamp = _stamp(path)
     for cache in _caches(path):
         content = _cached(cache, stamp)
-        if content is not None and (not digest or content.get("hashed_mtime_ns") == state.st_mtime_ns):
+        if content is not None and _suffices(content, digest, shapes):
             return _to_index(path, content)
-    known = {"sha256": sha256_of(Path(path)), "hashed_mtime_ns": state.st_mtime_ns} if digest else recorded_digest(path)
-    content = stamp | scan(path) | known
-    for cache in _caches(path):
-        if _write(cache, content):
-            break
+    return keep_index(path, make_index(path, digest, shapes))
+
+
+def make_index(path: str, digest: bool, shapes: bool) -> dict[str, Any]:
+    """What the index file of a local shard says."""
+    content = _stamp(path) | scan(path)
+    if shapes:
+        content["shapes"] = _shapes(path, _to_index(path, content))
+    if digest:
+        return content | {"sha256": sha256_of(Path(path)), "hashed_mtime_ns": content["mtime_ns"]}
+    return content | recorded_digest(path)
+
+
+def keep_index(path: str, content: dict[str, Any], out: Path | None = None) -> ShardIndex:
+    """Write the index of the shard at `path` into the folder `out`, by default where it is looked for."""
+    places = _caches(path) if out is None else [out / (os.path.basename(urlsplit(path).path) + ".idx.json")]
+    if not any(_write(place, content) for place in places) and out is not None:
+        raise OSError(f"--out {out} cannot be written; name another folder")
     return _to_index(path, content)
+
+
+def _stamp(path: str) -> dict[str, int]:
+    state = os.stat(path)
+    return {"version": VERSION, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
+
+
+def _suffices(content: dict[str, Any], digest: bool, shapes: bool) -> bool:
+    hashed = content.get("hashed_mtime_ns") == content.get("mtime_ns")
+    return (hashed or not digest) and ("shapes" in content or not shapes)
+
+
+def _shapes(path: str, index: ShardIndex) -> list[Shape]:
+    """Of every sample's picture, from its header; UNKNOWN where it has none that can be read."""
+    columns = [column for name in IMAGES for column, extension in enumerate(index.extensions) if extension == name]
+    with open(path, "rb") as file:
+        return [next((_shape(file, *s[column]) for column in columns if s[column][1] >= 0), UNKNOWN) for s in index.spans]
+
+
+def _shape(file: BinaryIO, offset: int, size: int) -> Shape:
+    file.seek(offset)
+    head = file.read(min(size, HEAD_BYTES))
+    shape = upright_shape(head)
+    return shape if shape != UNKNOWN or len(head) == size else upright_shape(head + file.read(size - len(head)))
+
+
+def _remote_indexes(urls: Sequence[str], shapes: bool) -> list[ShardIndex]:
+    found = []
+    for url, content in zip(urls, _elsewhere(urls), strict=True):
+        if content is None or not _suffices(content, False, shapes):
+            raise ValueError(
+                f"shard {url} has no index{' with shapes' * shapes}; make it with data.index, or set its source's stream to 1000"
+            )
+        found.append(_to_index(url, content))
+    return found
+
+
+def _elsewhere(urls: Sequence[str]) -> Iterator[dict | None]:
+    """What the indexes of these shards say, from beside them or from this user's cache folder."""
+    now = {"version": VERSION}
+    for url, answer in zip(urls, download([beside(url, ".idx.json") for url in urls]), strict=True):
+        content = _parsed(answer, now) if isinstance(answer, bytes) else None
+        yield content or next((held for cache in _caches(url) if (held := _cached(cache, now))), None)
 
 
 def recorded_digest(path: str) -> dict[str, Any]:
     """The sha256 that an index of this shard has, whatever became of the shard since, and of when it was; else empty."""
     names = ("sha256", "hashed_mtime_ns")
-    for cache in _caches(path):
-        content = _cached(cache, {})
+    for content in _elsewhere([path]) if is_url(path) else (_cached(cache, {}) for cache in _caches(path)):
         if content is not None and all(name in content for name in names):
             return {name: content[name] for name in names}
     return {}
@@ -68,57 +138,59 @@ def recorded_digest(path: str) -> dict[str, Any]:
 def scan(path: str) -> dict[str, list]:
     """Keys, extensions and spans of a shard in the order of its members, as JSON holds them."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isreg() and not member.issparse():
-                    _add(samples, member, path)
-            end = tar.offset
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"shard {path} is damaged or not an uncompressed tar ({error}); fetch or pack it again") from error
-    if not _ends_at(path, end):
-        raise ValueError(f"shard {path} is damaged: no clean end of archive after byte {end}; fetch or pack it again")
+    with open(path, "rb") as file:
+        for key, extension, member in members_of(file, path):
+            members = samples.setdefault(key, {})
+            if extension in members:
+                raise ValueError(
+                    f"shard {path} holds two members {member.name!r}; give every sample its own name and pack it again"
+                )
+            members[extension] = (member.offset_data, member.size)
     extensions = sorted({extension for members in samples.values() for extension in members})
     spans = [[members.get(extension, (0, -1)) for extension in extensions] for members in samples.values()]
     return {"extensions": extensions, "keys": list(samples), "spans": spans}
 
 
-def _add(samples: dict[str, dict[str, tuple[int, int]]], member: tarfile.TarInfo, path: str) -> None:
-    match = MEMBER.fullmatch(member.name)
-    if match is None:
-        return
-    key, extension = match[1], match[2].lower()
-    if extension.rpartition(".")[2] not in MAX_BYTES:
-        return
-    members = samples.setdefault(key, {})
-    if extension in members:
-        raise ValueError(f"shard {path} holds two members {member.name!r}; give every sample its own name and pack it again")
-    members[extension] = (member.offset_data, member.size)
+def members_of(file: BinaryIO, path: str) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(key, extension, header) of every member of a tar that is read by anyone, in their order; between two of them the
+    caller may read elsewhere in `file`. ValueError where the tar is not whole, at its end at the latest."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                match = MEMBER.fullmatch(member.name) if member.isreg() and not member.issparse() else None
+                if match is not None and match[2].rpartition(".")[2].lower() in MAX_BYTES:
+                    yield match[1], match[2].lower(), member
+            end = tar.offset
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"shard {path} is damaged or not an uncompressed tar ({error}); fetch or pack it again") from error
+    file.seek(end)
+    block = file.read(BLOCK_BYTES)
+    whole = len(block) == BLOCK_BYTES
+    while block and not any(block):
+        block = file.read(1 << 20)
+    if block or not whole:
+        raise ValueError(f"shard {path} is damaged: no clean end of archive after byte {end}; fetch or pack it again")
 
 
-def _ends_at(path: str, end: int) -> bool:
-    """Whether a zero block lies at byte `end`, and only zeros behind it."""
-    with open(path, "rb") as file:
-        file.seek(end)
-        block = file.read(BLOCK_BYTES)
-        whole = len(block) == BLOCK_BYTES
-        while block and not any(block):
-            block = file.read(1 << 20)
-    return whole and not block
-
-
-def _caches(path: str) -> tuple[Path, Path]:
-    """Beside the shard, or in the user's cache folder where the shard's folder is read-only."""
-    absolute = os.path.abspath(path)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "querybridge" / "shards"
-    return Path(absolute + ".idx.json"), folder / (hashlib.sha256(absolute.encode()).hexdigest() + ".idx.json")
+def _caches(path: str) -> list[Path]:
+    """Beside the shard, or in the user's cache folder where the shard's folder is read-only or elsewhere."""
+    absolute = path if is_url(path) else os.path.abspath(path)
+    own = user_cache() / "shards" / (hashlib.sha256(absolute.encode()).hexdigest() + ".idx.json")
+    return [own] if is_url(path) else [Path(absolute + ".idx.json"), own]
 
 
 def _cached(cache: Path, stamp: dict[str, int]) -> dict | None:
     try:
-        content = json.loads(cache.read_bytes())
-    except (OSError, ValueError):
-        return None  # none there, or cut short: make it anew
+        return _parsed(cache.read_bytes(), stamp)
+    except OSError:
+        return None
+
+
+def _parsed(text: bytes, stamp: dict[str, int]) -> dict | None:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None  # cut short, or no index at all: make it anew
     fits = isinstance(content, dict) and all(content.get(name) == value for name, value in stamp.items())
     return content if fits else None
 
@@ -134,4 +206,5 @@ def _write(cache: Path, content: dict) -> bool:
 def _to_index(path: str, content: dict) -> ShardIndex:
     keys = np.array([key.encode(errors="surrogateescape") for key in content["keys"]], dtype=bytes)
     spans = np.array(content["spans"], dtype=np.int64).reshape(len(keys), len(content["extensions"]), 2)
-    return ShardIndex(path, keys, tuple(content["extensions"]), spans)
+    shapes = np.array(content["shapes"], dtype=np.int32).reshape(-1, 2) if "shapes" in content else None
+    return ShardIndex(path, keys, tuple(content["extensions"]), spans, shapes)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -23,27 +23,46 @@ from PIL import Image
 
 from data.latents import decode_array, note, rows_of
 from data.records import BadSample
-from data.shard_index import IMAGES, LATENT, MAX_BYTES, ShardIndex, index_shard
+from data.shard_index import BLOCK_BYTES, IMAGES, LATENT, MAX_BYTES, ShardIndex, index_shard, index_shards
+from data.storage import CacheConfig, Files, Span, Urls, is_url, store_of
 from data.transforms import decode_image, to_rgb
 
-MAX_OPEN_FILES = 64
+SIZE_FIELD = slice(124, 136)  # of a tar header, in octal digits
+MAX_GAP = 8 * BLOCK_BYTES  # between members that are read at once: their headers, and some kilobytes of others
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Samples of local tar shards."""
+    """Samples of tar shards: local ones, or URLs (https, s3, gs, az, hf) that have an index (data.index) or are streamed."""
 
     urls: str  # paths with braces and wildcards, e.g. "shards/{00000..00009}.tar" or "shards/*.tar"
     weight: float = 1.0  # this source's share of the samples, relative to the others'
     latents: str | None = None  # folder of data.precompute, read in place of the pictures to draw
+    stream: int = 0  # above 0: read from end to end, without an index, through a buffer of so many samples (data/stream.py)
+
+    def __post_init__(self) -> None:
+        if self.stream < 0:
+            raise ValueError(
+                f"data.sources stream is {self.stream}; give 0 (indexed) or the samples of a buffer, such as 1000"
+            )
+        if self.stream and self.latents is not None:
+            raise ValueError("data.sources latents are found by index, and a stream has none; set stream to 0")
 
 
 class ShardSource:
     """Raw samples of all shards that a pattern names, by number."""
 
-    def __init__(self, urls: str, latents: str | None = None, keep_pictures: bool = False):
-        """`latents` stand for the pictures to draw, which are then not decoded unless `keep_pictures`."""
-        self._take([index_shard(path) for path in expand(urls)])
+    def __init__(
+        self,
+        urls: str,
+        latents: str | None = None,
+        keep_pictures: bool = False,
+        shapes: bool = False,
+        cache: CacheConfig = CacheConfig(),
+    ):
+        """`latents` stand for the pictures to draw, which are then not decoded unless `keep_pictures`. With `shapes`, those
+        of all pictures are known."""
+        self._take(index_shards(expand(urls), shapes), cache)
         if latents is not None:
             recorded = note(Path(latents))["shards"]  # once: it names every shard
             self._latents = [_latents_of(index, Path(latents), recorded) for index in self._indexes]
@@ -55,32 +74,70 @@ class ShardSource:
     def of(cls, index: ShardIndex) -> "ShardSource":
         """The samples of one shard, which may hold none."""
         source = cls.__new__(cls)
-        source._take([index])
+        source._take([index], CacheConfig())
         return source
 
-    def _take(self, indexes: list[ShardIndex]) -> None:
+    def _take(self, indexes: list[ShardIndex], cache: CacheConfig) -> None:
         self._indexes = indexes
         self._ends = list(accumulate(len(found) for found in indexes))
         self._latents: list[tuple[ShardIndex, np.ndarray]] | None = None
         self._skipped: tuple[str, ...] = ()  # extensions that are not read
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, least recently used first
+        self._files = Files()
+        self._storage = Urls(cache) if is_url(indexes[0].path) else self._files
 
     def __len__(self) -> int:
         return self._ends[-1]
 
+    @property
+    def shapes(self) -> np.ndarray:
+        """[samples, 2] heights and widths of the pictures, of a source opened with them; 0 0 where one is not known."""
+        known = [index.shapes for index in self._indexes if index.shapes is not None]
+        assert len(known) == len(self._indexes)
+        return np.concatenate(known)
+
+    def origin(self, index: int) -> str:
+        """The shard of sample number `index`."""
+        return self._indexes[bisect_right(self._ends, index)].path
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        """Bring samples at once that will be read next; needless where they are local."""
+        if self._storage is not self._files:
+            self._storage.fetch([span for index in indices for span in _spans(*self._members(index))])
+
     def read(self, index: int) -> dict[str, Any]:
         """Sample number `index` of all, decoded; BadSample where a member is broken."""
-        shard = bisect_right(self._ends, index)
-        found = self._indexes[shard]
-        row = index - (self._ends[shard] - len(found))
+        shard, row = self._locate(index)
         latent = None if self._latents is None else self._latent(shard, row)
-        members = {}
-        for extension, (offset, size) in zip(found.extensions, found.spans[row].tolist(), strict=True):
+        path, places = self._members(index)
+        for extension, (_, size) in places.items():
             if size > MAX_BYTES[extension.rpartition(".")[2]]:
                 raise BadSample("a member is larger than its kind may be")
-            if size >= 0 and extension != LATENT and extension not in self._skipped:
-                members[extension] = self._bytes(shard, offset, size)
-        return decode_members(found.keys[row].decode(errors="replace"), members) | {"latent": latent}
+        key = self._indexes[shard].keys[row].decode(errors="replace")
+        return decode_members(key, self._contents(path, places)) | {"latent": latent}
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Shard number and row of a sample."""
+        shard = bisect_right(self._ends, index)
+        return shard, index - (self._ends[shard] - len(self._indexes[shard]))
+
+    def _members(self, index: int) -> tuple[str, dict[str, tuple[int, int]]]:
+        """The shard of a sample, and offset and size of each of its members that is read."""
+        shard, row = self._locate(index)
+        found = self._indexes[shard]
+        given = zip(found.extensions, found.spans[row].tolist(), strict=True)
+        skipped = (LATENT, *self._skipped)
+        return found.path, {ext: (at, size) for ext, (at, size) in given if size >= 0 and ext not in skipped}
+
+    def _contents(self, path: str, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
+        """The bytes of a sample's members. ValueError where they are not the ones that were indexed."""
+        contents = {}
+        for span in _spans(path, places):
+            data = self._storage.read(span)
+            for extension, (offset, size) in places.items():
+                if span.start < offset <= span.end:
+                    at = offset - span.start
+                    contents[extension] = _checked(data, at, size, path)
+        return contents
 
     def _latent(self, shard: int, row: int) -> np.ndarray:
         assert self._latents is not None
@@ -88,31 +145,27 @@ class ShardSource:
         if rows[row] < 0:
             raise BadSample("a picture has no latent: it could not be encoded")
         offset, size = index.spans[rows[row], index.extensions.index(LATENT)].tolist()
-        return decode_array(self._bytes(~shard, offset, size))
+        data = self._files.read(Span(index.path, offset - BLOCK_BYTES, offset + size))
+        return decode_array(_checked(data, BLOCK_BYTES, size, index.path))
 
-    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor(shard), size, offset)
-        if len(data) != size:
-            raise ValueError(f"shard {self._path(shard)} has shrunk since it was indexed; pack it again")
-        return data
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._files:
-            if len(self._files) == MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self._path(shard), os.O_RDONLY)
-        self._files.move_to_end(shard)
-        return self._files[shard]
+def _spans(path: str, places: dict[str, tuple[int, int]]) -> list[Span]:
+    """What is read of a shard for members of these offsets and sizes: each with the header before it, neighbours at once."""
+    spans: list[Span] = []
+    for offset, size in sorted(places.values()):
+        if spans and offset - spans[-1].end <= MAX_GAP:
+            spans[-1] = Span(path, spans[-1].start, offset + size)
+        else:
+            spans.append(Span(path, offset - BLOCK_BYTES, offset + size))
+    return spans
 
-    def _path(self, shard: int) -> str:
-        """Of a shard, or for ~shard of its latents."""
-        if shard >= 0:
-            return self._indexes[shard].path
-        assert self._latents is not None
-        return self._latents[~shard][0].path
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": OrderedDict()}  # descriptors do not survive pickling to a worker
+def _checked(data: bytes, at: int, size: int, path: str) -> bytes:
+    """The member whose content begins at `at`. ValueError unless its header still says the size that was indexed."""
+    said = data[at - BLOCK_BYTES :][SIZE_FIELD].strip(b"\0 ")
+    if len(data) < at + size or not said.isdigit() or int(said, 8) != size:
+        raise ValueError(f"shard {path} has changed since it was indexed; index it again: python -m data.index")
+    return data[at : at + size]
 
 
 def decode_members(key: str, members: dict[str, bytes]) -> dict[str, Any]:
@@ -160,13 +213,27 @@ def _mask(images: dict[str, Image.Image]) -> Image.Image | None:
 
 
 def expand(urls: str) -> list[str]:
-    """Sorted paths of the shards that a pattern of braces and wildcards names. ValueError for a part that names none."""
-    if re.match(r"\w+:", urls):
-        raise ValueError(f"data.sources urls {urls!r} is not a local path; download the shards and name their files")
+    """Sorted paths or URLs of the shards that a pattern of braces and wildcards names. ValueError for a part that names
+    none, and for what is not read."""
     paths: set[str] = set()
     for pattern in braceexpand.braceexpand(urls):
-        found = glob.glob(os.path.expanduser(pattern))
+        found = _listed(pattern) if is_url(pattern) else glob.glob(os.path.expanduser(pattern))
         if not found:
             raise ValueError(f"no shard matches {pattern!r} of data.sources urls {urls!r}; check the path")
         paths.update(found)
+    if len({is_url(path) for path in paths}) > 1:
+        raise ValueError(f"data.sources urls {urls!r} are partly local and partly elsewhere; give two sources")
     return sorted(paths)
+
+
+def _listed(url: str) -> list[str]:
+    if not glob.has_magic(url):
+        return [url]
+    if url.startswith("http"):
+        if re.search(r"[*\[]", url):
+            raise ValueError(
+                f"data.sources urls {url!r}: no web server lists its files; name them with braces, {{0000..0099}}"
+            )
+        return [url]  # a question mark begins the query of a signed URL
+    store = store_of(url)
+    return [store.unstrip_protocol(path) for path in store.glob(url)]

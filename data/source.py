@@ -4,6 +4,7 @@ Random access is what makes order, resume and the number of ranks arithmetic: a 
 asks for it.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from PIL import Image
@@ -28,6 +29,14 @@ class Source(Protocol):
         """Sample number `index`; may raise BadSample."""
         ...
 
+    def fetch(self, indices: Sequence[int]) -> None:
+        """What can be done at once for samples that are read next."""
+        ...
+
+    def origin(self, index: int) -> str:
+        """Where sample number `index` lies, for people."""
+        ...
+
 
 class WorldSource:
     """The generated world, endless: the samples that `python -m data.world shards` would write, made when asked for."""
@@ -38,6 +47,13 @@ class WorldSource:
 
     def __len__(self) -> int:
         return 0
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        """Nothing: they are made one by one."""
+
+    def origin(self, index: int) -> str:
+        """The split."""
+        return self.split
 
     def read(self, index: int) -> dict[str, Any]:
         """A picture of `size` pixels with a caption and its scene, a conversation, or an edit, as the task needs."""

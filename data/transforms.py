@@ -1,4 +1,4 @@
-"""Encoded bytes -> PIL image -> square RGB -> tensor [3, H, W] in [-1, 1], and back."""
+"""Encoded bytes -> PIL image -> RGB of one shape -> tensor [3, H, W] in [-1, 1], and back."""
 
 import io
 import struct
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+Shape = tuple[int, int]  # height and width in pixels
+UNKNOWN: Shape = (0, 0)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow knows others; some run programs
 MAX_PIXELS = 64_000_000  # more than any camera of the data sets we know; a decompression bomb claims far more
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)  # on broken bytes
@@ -21,6 +23,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that change width and height over
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -28,17 +31,38 @@ def decode_image(data: bytes) -> Image.Image:
 
     The size is read from the header, before any pixel is decoded."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height <= MAX_PIXELS:
+        image = _open(data)
+        if image is not None:
             image.load()
             return image
-    except Image.DecompressionBombError:
-        pass
     except PILLOW_ERRORS as error:
         raise ValueError("an image cannot be decoded") from error
     raise ValueError(f"an image has more than {MAX_PIXELS:,} pixels")
+
+
+def upright_shape(data: bytes) -> Shape:
+    """The shape of `to_rgb(decode_image(data))`, mostly from the header alone, of which `data` may be the beginning; UNKNOWN
+    where it cannot be told."""
+    try:
+        image = _open(data)
+        if image is None:
+            return UNKNOWN
+        told = image.format != "PNG" or "exif" in image.info  # else Pillow would decode the whole PNG, to look behind it
+        on_its_side = told and image.getexif().get(ORIENTATION, 1) in ON_ITS_SIDE
+    except PILLOW_ERRORS:
+        return UNKNOWN
+    return (image.width, image.height) if on_its_side else (image.height, image.width)
+
+
+def _open(data: bytes) -> Image.Image | None:
+    """An image of which only the header is read; None for one of too many pixels."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked here
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        return None
+    return image if image.width * image.height <= MAX_PIXELS else None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -62,16 +86,19 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """RGB, `size` x `size` pixels: the short side scaled (antialiased bicubic), then the centre.
+def resize_and_crop(image: Image.Image, shape: int | Shape) -> Image.Image:
+    """RGB of this height and width (one number: of both): scaled until it fills them (antialiased bicubic), then the centre.
 
-    Done as one resize of the central square, whose corners may lie between pixels."""
+    Done as one resize of the part of the picture that stays, whose corners may lie between pixels."""
     image = to_rgb(image)
-    if image.size == (size, size):
+    height, width = (shape, shape) if isinstance(shape, int) else shape
+    if image.size == (width, height):
         return image
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    scale = min(image.width / width, image.height / height)  # pixels of the picture for one of the result
+    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+    return image.resize(
+        (width, height), Image.Resampling.BICUBIC, box=(left, top, left + width * scale, top + height * scale)
+    )
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -112,6 +112,13 @@ class MetaQuery(nn.Module):
         """Pixels along a side of what it draws."""
         return self.latent_shape[1] * self.vae.factor
 
+    def shape_of(self, height: int, width: int) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of pictures of so many pixels. ValueError for sides that the autoencoder does not take."""
+        factor = self.vae.factor
+        if min(height, width) < factor or height % factor or width % factor:
+            raise ValueError(f"height {height}, width {width}: the autoencoder takes multiples of {factor}; give those")
+        return self.latent_shape[0], height // factor, width // factor
+
     def place(self, device: torch.device | str) -> "MetaQuery":
         """Move everything, the parts held outside included; returns itself."""
         self.mllm.to(device)

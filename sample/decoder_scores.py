@@ -57,7 +57,7 @@ def score(
 
 
 def _batches(data: Data, n: int, size: int) -> Iterator[LabelledBatch]:
-    source, collate = open_source(data.sources[0], data.task, data.image_size), LabelledCollate(data.image_size)
+    source, collate = open_source(data, data.sources[0]), LabelledCollate(data.image_size)
     for first in range(0, n, size):
         numbers: Sequence[int] = range(first, min(first + size, n))
         records = [to_record("labelled", source.read(number)) for number in numbers]

@@ -54,15 +54,18 @@ class Pipeline:
         guidance: float | Guidance = 3.0,
         negative: str = "",
         solver: SolverName = "dpm++",
+        height: int = 0,
+        width: int = 0,
     ) -> list[Image.Image]:
         """One RGB picture for each prompt and its seed; `images` are what each prompt's picture starts from.
 
-        A plain number as `guidance` is text guidance; 1 runs no second branch. `negative` replaces the empty prompt.
+        A plain number as `guidance` is text guidance; 1 runs no second branch. `negative` replaces the empty prompt. Height
+        and width are pixels, 0 as trained; shapes that the decoder never learned come out as they may.
 
         Raises:
             ValueError: lengths differ, a prompt is too long, or a setting is impossible.
         """
-        drawn = self.draw(prompts, seeds, images, steps, guidance, negative, solver)
+        drawn = self.draw(prompts, seeds, images, steps, guidance, negative, solver, height, width)
         return [to_pil(pixels) for pixels in drawn]
 
     @torch.no_grad()
@@ -75,6 +78,8 @@ class Pipeline:
         guidance: float | Guidance = 3.0,
         negative: str = "",
         solver: SolverName = "dpm++",
+        height: int = 0,
+        width: int = 0,
     ) -> Tensor:
         """As `__call__`, before rounding: pixels [B, 3, H, W] in [-1, 1]."""
         if not prompts or len(prompts) != len(seeds) or (images is not None and len(images) != len(prompts)):
@@ -82,7 +87,7 @@ class Pipeline:
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(text=guidance)
         sources = [tuple(pictures) for pictures in images or [()] * len(prompts)]
         model, generators = self.model, [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = model.latent_shape  # (c, h, w)
+        shape = model.shape_of(height or model.image_size, width or model.image_size)  # (c, h, w)
 
         def fresh() -> Tensor:
             rows = [torch.randn(shape, generator=generator) for generator in generators]

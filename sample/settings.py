@@ -51,6 +51,10 @@ class Drawing:
     """What to steer away from."""
     solver: SolverName = "dpm++"
     """How to step; euler_maruyama adds noise on the way."""
+    height: int = 0
+    """Pixels; 0: as the decoder was trained."""
+    width: int = 0
+    """Pixels; 0: as the decoder was trained."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -190,7 +190,7 @@ def test_reconstruction_still_sees_its_picture_and_chat_takes_no_latents(parts, 
     assert batch.latents is not None
     assert batch.prefix.images
     with pytest.raises(ValueError, match=r"data.task chat draws none; leave them out"):
-        open_source(Shards(f"{shards}/*.tar", latents=str(out)), "chat", 16)
+        open_source(Data(task="chat"), Shards(f"{shards}/*.tar", latents=str(out)))
 
 
 def test_an_empty_shard_and_strange_names_are_encoded_as_they_are_read(parts, tmp_path):

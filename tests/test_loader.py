@@ -128,10 +128,10 @@ def test_the_global_random_stream_is_left_alone(data):
     assert torch.rand(1) == expected
 
 
-def broken(tmp_path, image, bad: set[int], count: int) -> Shards:
+def broken(tmp_path, image, bad: set[int], count: int, shard_size: int = 1000) -> Shards:
     """Shards whose samples with these numbers have no caption."""
     items = [Item("" if number in bad else f"s{number}", image) for number in range(count)]
-    write_shards(items, lambda item: item, tmp_path / "set")
+    write_shards(items, lambda item: item, tmp_path / "set", shard_size)
     return Shards(f"{tmp_path}/set/*.tar")
 
 
@@ -141,7 +141,7 @@ def test_a_bad_sample_is_replaced_by_the_next_and_counted(tmp_path, image):
         loader = Loader(Data((shards,), workers=workers), Names(), 10)
         first = next(iter(loader))
         assert Counter(first.values()) == Counter(f"s{n}" for n in range(10) if n not in (3, 4)) + Counter(["s5", "s5"])
-        assert loader.rejects == {(shards.urls, "no caption"): 3}  # 3 -> 4 -> 5, and 4 -> 5
+        assert loader.rejects == {(f"{tmp_path}/set/00000.tar", "no caption"): 3}  # 3 -> 4 -> 5, and 4 -> 5
 
 
 class ShortNames(Names):
@@ -154,7 +154,7 @@ def test_a_collate_may_refuse_records(tmp_path, image):
     shards = broken(tmp_path, image, set(), 10)
     loader = Loader(Data((shards,)), ShortNames(), 10)
     assert sorted(next(iter(loader)).values()) == ["s0", "s1", "s2", "s4", "s4", "s5", "s6", "s7", "s8", "s9"]
-    assert loader.rejects == {(shards.urls, "too long"): 1}
+    assert loader.rejects == {(f"{tmp_path}/set/00000.tar", "too long"): 1}
 
 
 def test_a_hundred_bad_samples_in_a_row_end_the_run(tmp_path, image):
@@ -164,14 +164,36 @@ def test_a_hundred_bad_samples_in_a_row_end_the_run(tmp_path, image):
             list(islice(Loader(Data((shards,), workers=workers), Names(), 30), 10))
 
 
-def test_more_than_one_percent_bad_end_the_run_after_a_thousand(tmp_path, image):
+def test_more_than_one_percent_bad_end_the_run_after_a_thousand(tmp_path, image, caplog):
     few = Loader(Data((broken(tmp_path / "few", image, {7}, 150),)), Names(), 50)
     assert len(list(islice(few, 30))) == 30
     assert few.rejects.total() == 10
-    many = Loader(Data((broken(tmp_path / "many", image, {7, 70}, 150),)), Names(), 50)
-    with pytest.raises(ValueError, match="1000 samples cannot be used"):
+    assert [record.message for record in caplog.records] == [
+        f"1 sample(s) replaced so far: no caption, at last in {tmp_path}/few/set/00000.tar"
+    ]
+    data = Data((broken(tmp_path / "many", image, {7, 70}, 150, shard_size=2),))
+    many = Loader(data, Names(), 50)
+    with pytest.raises(ValueError, match=r"^13 of 1013 samples cannot be used: \d x no caption"):
         list(islice(many, 30))
     assert many.samples == 950
+    assert len(list(islice(Loader(replace(data, max_bad_share=0.02), Names(), 50), 30))) == 30
+
+
+def test_more_than_one_percent_of_a_shard_end_the_run(tmp_path, image):
+    """Among shards that are whole, so that of all samples it is less."""
+    loader = Loader(Data((broken(tmp_path, image, set(range(0, 200, 20)), 3_000, shard_size=200),)), Names(), 50)
+    with pytest.raises(ValueError, match=r"samples of .*/set/00000\.tar cannot be used: \d+ x no caption .*max_bad_share"):
+        list(islice(loader, 200))
+    assert loader.rejects.total() <= 0.01 * loader.samples
+
+
+def test_realised_shares_are_counted(data):
+    loader = Loader(data, Names(), GLOBAL_BATCH)
+    list(islice(loader, 100))
+    counts = dict(loader.read)
+    assert list(counts) == [source.urls for source in data.sources]
+    assert sum(counts.values()) == 100 * GLOBAL_BATCH
+    assert abs(list(counts.values())[1] / (100 * GLOBAL_BATCH) - 0.75) < 0.05
 
 
 def test_the_world_is_an_endless_source():

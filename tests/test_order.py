@@ -49,19 +49,19 @@ def test_each_source_of_a_mixture_keeps_its_own_epochs():
     order = Order([7, 0, 11], [1, 2, 1], seed=2)
     places = [order.place(sample) for sample in range(4_000)]
     for source, length in ((0, 7), (2, 11)):
-        indices = [place.index for place in places if place.source == source]
+        indices = [place.index for place in places if place.pool == source]
         whole = len(indices) // length * length
         assert all(sorted(indices[at : at + length]) == list(range(length)) for at in range(0, whole, length))
-    endless = [place.index for place in places if place.source == 1]
+    endless = [place.index for place in places if place.pool == 1]
     assert endless == list(range(len(endless)))
 
 
 def test_mixture_shares_match_the_weights():
     order = Order([0, 0, 0], [5, 3, 2], seed=7)
     places = [order.place(sample) for sample in range(2 * BLOCK + 1234)]
-    assert Counter(place.source for place in places[:BLOCK]) == {0: 5000, 1: 3000, 2: 2000}
+    assert Counter(place.pool for place in places[:BLOCK]) == {0: 5000, 1: 3000, 2: 2000}
     for start in range(0, 2 * BLOCK, 1000):  # shares hold within short stretches as well, up to chance
-        counts = Counter(place.source for place in places[start : start + 1000])
+        counts = Counter(place.pool for place in places[start : start + 1000])
         assert abs(counts[0] - 500) < 80
         assert abs(counts[2] - 200) < 64
     assert len(set(places)) == len(places)  # nothing twice, across the border of a block too
@@ -118,7 +118,7 @@ def test_every_global_batch_is_the_same_set_however_it_is_read(lengths, weights,
     seen: dict[int, list[int]] = {source: [] for source in range(len(lengths))}
     for number in chain(*straight):
         place = order.place(number)
-        seen[place.source].append(place.index)
+        seen[place.pool].append(place.index)
     for source, length in enumerate(lengths):
         epochs = [seen[source][at : at + length] for at in range(0, len(seen[source]) - length + 1, length)]
         assert all(sorted(epoch) == list(range(length)) for epoch in epochs)

@@ -26,7 +26,7 @@ from train.engine import Engine
 from train.loss import squared_error
 from train.preview import PreviewConfig, draw_preview
 from train.ranks import Ranks
-from train.task import LoaderTask, Task, engine_for, loader_for
+from train.task import LoaderTask, Task, check_buckets, engine_for, loader_for
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -58,7 +58,9 @@ class MetaQueryTaskConfig:
             start_from(model, self.init)
         model.place(ranks.device)
         head = self._head(run)
-        collate = TextToImageCollate(model.mllm.builder, run.data.image_size, run.data.dropout, run.seed)
+        check_buckets(run.data, model.vae.factor)
+        builder, data = model.mllm.builder, run.data
+        collate = TextToImageCollate(builder, data.image_size, data.dropout, run.seed, data.buckets)
         loader = loader_for(collate, run, ranks)
         return MetaQueryTask(
             self, model, head and head.to(ranks.device), engine_for(model, run, ranks), loader, run.seed, ranks
@@ -122,7 +124,7 @@ class MetaQueryTask(BridgeTask, LoaderTask):
         noising, device = self.model.noising, self.ranks.device
         # Addressed by sample number on the CPU, before the batch moves: reading numbers back from a GPU would wait.
         t = noising.times(batch.index, self.seed).to(device, non_blocking=True)  # [B]
-        eps = noise(batch.index, self.seed, self.model.latent_shape).to(device, non_blocking=True)  # [B, c, h, w]
+        eps = noise(batch.index, self.seed, self._latent_shape(batch)).to(device, non_blocking=True)  # [B, c, h, w]
         batch = batch.to(device)
         x0 = self._latents(batch)  # [B, c, h, w]
         x_t, target = noising.mix(x0, eps, t), noising.target(x0, eps, t)  # [B, c, h, w] each
@@ -138,6 +140,13 @@ class MetaQueryTask(BridgeTask, LoaderTask):
         self.engine.backward(objective)
         self.engine.step()
         return measured
+
+    def _latent_shape(self, batch: T2IBatch) -> tuple[int, ...]:
+        """(c, h, w); another one in every bucket."""
+        if batch.latents is not None:
+            return tuple(batch.latents.shape[1:])
+        assert batch.pixels is not None
+        return self.model.shape_of(*batch.pixels.shape[-2:])
 
     def _latents(self, batch: T2IBatch) -> Tensor:
         if batch.latents is not None:

@@ -45,7 +45,7 @@ from train.loss import gaussian_kl, hinge, squared_error
 from train.optim import OptimConfig
 from train.prompts import PromptsTold
 from train.ranks import Ranks
-from train.task import LoaderTask, engine_for, loader_for
+from train.task import LoaderTask, check_buckets, engine_for, loader_for
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -132,6 +132,7 @@ class RepaeTaskConfig:
         if self.train_vae and ranks.device.type == "cpu":  # twice as fast there; on a GPU nobody has measured it
             merge_upsampling(coder)
         self._check(coder, run.data.image_size, ranks)
+        check_buckets(run.data, coder.factor)
         for source in run.data.sources:
             if isinstance(source, Shards) and source.latents is not None:
                 if self.train_vae or self.flip or wanted == "t2i":
@@ -174,8 +175,8 @@ class RepaeTaskConfig:
     def _collate(self, main: nn.Module | None, run: Run) -> LabelledCollate | TextToImageCollate:
         data = run.data
         if isinstance(main, AlignedSiT) and isinstance(main.teller, Bridge):
-            return TextToImageCollate(main.teller.mllm.builder, data.image_size, data.dropout, run.seed)
-        return LabelledCollate(data.image_size, self.flip, run.seed)
+            return TextToImageCollate(main.teller.mllm.builder, data.image_size, data.dropout, run.seed, data.buckets)
+        return LabelledCollate(data.image_size, self.flip, run.seed, data.buckets)
 
     def _check(self, coder: Autoencoder, image_size: int, ranks: Ranks) -> None:
         """ValueError where the parts do not fit each other or the machine."""

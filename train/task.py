@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from data.loader import Collate, Loader
+from data.loader import Collate, Data, Loader
 from train.engine import Engine, micro_batch_size
 from train.optim import OptimConfig
 
@@ -66,8 +66,9 @@ class LoaderTask(Task):
         return iter(self.loader)
 
     def counts(self) -> dict[str, int]:
-        """Samples that could not be used and were replaced."""
-        return {"rejected": self.loader.rejects.total()}
+        """Samples that could not be used and were replaced; where sources are mixed, what each has given."""
+        read = {f"samples from {name}": count for name, count in self.loader.read.items()}
+        return {"rejected": self.loader.rejects.total(), **(read if len(read) > 1 else {})}
 
 
 def engine_for(module: nn.Module, run: Run, ranks: Ranks, optim: OptimConfig | None = None) -> Engine:
@@ -85,6 +86,15 @@ def engine_for(module: nn.Module, run: Run, ranks: Ranks, optim: OptimConfig | N
 
 
 def loader_for(collate: Collate, run: Run, ranks: Ranks) -> Loader:
-    """This rank's share of the run's data, one micro-batch at a time."""
-    size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
-    return Loader(run.data, collate, size, ranks.rank, ranks.world, run.seed)
+    """This rank's share of the run's data, one micro-batch at a time. ValueError for buckets where `collate` has none."""
+    if run.data.buckets is not None and getattr(collate, "buckets", None) is None:
+        raise ValueError(f"data.max_aspect is {run.data.max_aspect}, and this task learns from squares alone; set it to 1")
+    batch_size = run.schedule.batch_size
+    size = micro_batch_size(batch_size, run.schedule.accumulation, ranks.world)
+    return Loader(run.data, collate, size, ranks.rank, ranks.world, run.seed, batch_size)
+
+
+def check_buckets(data: Data, factor: int) -> None:
+    """ValueError unless an autoencoder that shrinks by `factor` takes pictures of all shapes."""
+    if data.buckets is not None and data.bucket_step % factor:
+        raise ValueError(f"data.bucket_step is {data.bucket_step}; the autoencoder takes multiples of {factor}, give one")

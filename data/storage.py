@@ -1,0 +1,227 @@
+"""Where bytes of shards come from: files on this machine, or URLs, read by ranges through a bounded cache on disk.
+
+https, and through fsspec the stores whose packages are installed (s3fs, gcsfs, adlfs; huggingface_hub for hf). Nothing else
+is a URL here: `pipe:` and its like would run programs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf")
+MAX_OPEN_FILES = 64
+TRIES, FIRST_WAIT_SECONDS = 4, 0.5  # of a range that does not come: a network may fail for a moment
+SCANS = 64  # a process looks through the cache each time it has written so small a part of it
+FILLED = 0.75  # to which the cache is emptied then, so that many processes may write before the next look
+
+
+class Span(NamedTuple):
+    """Bytes of a shard."""
+
+    path: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Samples of remote shards that are kept on this machine; all processes share them."""
+
+    folder: Path | None = None
+    """None: querybridge/samples below the user's cache folder."""
+    gigabytes: float = 50.0
+    """The most it holds; what was read longest ago goes first."""
+
+    def __post_init__(self) -> None:
+        if self.gigabytes <= 0:
+            raise ValueError(f"data.cache.gigabytes is {self.gigabytes}; give room for some samples, such as 50")
+
+
+def is_url(path: str) -> bool:
+    """Whether `path` names something elsewhere. ValueError for a scheme that is not read."""
+    scheme = urlsplit(path).scheme
+    if not scheme:
+        return False
+    if scheme not in SCHEMES or "://" not in path:
+        raise ValueError(f"{path!r} is not read: give local paths, or URLs of {', '.join(SCHEMES)}")
+    return True
+
+
+def beside(path: str, ending: str) -> str:
+    """The path or URL that ends so in addition; the query of a signed URL stays behind it."""
+    if not is_url(path) or not urlsplit(path).query:
+        return path + ending
+    parts = urlsplit(path)
+    return parts._replace(path=parts.path + ending).geturl()
+
+
+def store_of(url: str) -> Any:
+    """The fsspec file system of a URL. ValueError where its package is missing."""
+    import fsspec
+
+    scheme = urlsplit(url).scheme
+    options = {"client_kwargs": {"trust_env": True}} if scheme.startswith("http") else {}
+    try:
+        return fsspec.filesystem(scheme, **options)
+    except ImportError as error:
+        raise ValueError(f"{url} needs a package that is not installed ({error}); pip install '.[remote]'") from error
+
+
+class Files:
+    """Local files, of which the most recent stay open."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, int] = OrderedDict()  # path -> descriptor, least recently used first
+
+    def read(self, span: Span) -> bytes:
+        """The bytes, fewer where the file ends."""
+        return os.pread(self._descriptor(span.path), span.end - span.start, span.start)
+
+    def fetch(self, spans: Sequence[Span]) -> None:
+        """Nothing: they are here."""
+
+    def _descriptor(self, path: str) -> int:
+        if path not in self._open:
+            if len(self._open) == MAX_OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[path] = os.open(path, os.O_RDONLY)
+        self._open.move_to_end(path)
+        return self._open[path]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_open": OrderedDict()}  # descriptors do not survive pickling to a worker
+
+
+class Urls:
+    """Remote files. `fetch` brings many ranges at once; `read` finds them in the cache."""
+
+    def __init__(self, cache: CacheConfig) -> None:
+        self._folder = cache.folder or user_cache() / "samples"
+        self._room = int(cache.gigabytes * 1e9)
+        self._written = 0  # bytes since this process looked through the cache
+
+    def read(self, span: Span) -> bytes:
+        """The bytes, fewer where the file ends. OSError where they do not come."""
+        held = self._kept(span)
+        return self._bring([span])[0] if held is None else held
+
+    def fetch(self, spans: Sequence[Span]) -> None:
+        """Bring what the cache lacks of these, at once."""
+        missing = [span for span in dict.fromkeys(spans) if not self._place(span).is_file()]
+        if missing:
+            self._bring(missing)
+
+    def _kept(self, span: Span) -> bytes | None:
+        place = self._place(span)
+        try:
+            data = place.read_bytes()
+            os.utime(place)  # read now: the last to go
+        except FileNotFoundError:
+            return None
+        return data if len(data) == span.end - span.start else None  # cut short by a crash of the machine
+
+    def _bring(self, spans: Sequence[Span]) -> list[bytes]:
+        found = _download(spans)
+        for span, data in zip(spans, found, strict=True):
+            if len(data) > span.end - span.start:
+                raise OSError(f"{span.path} comes whole where a part was asked for; its server must serve ranges of bytes")
+            self._keep(self._place(span), data)
+        return found
+
+    def _keep(self, place: Path, data: bytes) -> None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        draft = place.with_name(f"{place.name}.{os.getpid()}.part")
+        draft.write_bytes(data)
+        draft.replace(place)
+        self._written += len(data)
+        if self._written > self._room / SCANS:
+            self._written = 0
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Let the samples go that were read longest ago; one process at a time."""
+        with (self._folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return  # another process is at it
+            held = [(entry.stat(), Path(entry.path)) for folder in _folders(self._folder) for entry in os.scandir(folder)]
+            total = sum(state.st_size for state, _ in held)
+            if total <= self._room * FILLED:
+                return
+            for state, path in sorted(held, key=lambda entry: entry[0].st_mtime_ns):
+                path.unlink(missing_ok=True)
+                total -= state.st_size
+                if total <= self._room * FILLED:
+                    return
+
+    def _place(self, span: Span) -> Path:
+        name = hashlib.sha256(repr(tuple(span)).encode()).hexdigest()
+        return self._folder / name[:2] / name[2:]
+
+
+@contextmanager
+def here(path: str) -> Iterator[str]:
+    """The local path of a whole file; one from elsewhere is fetched and lives as long as the context."""
+    if not is_url(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = os.path.join(folder, "shard.tar")
+        store_of(path).get_file(path, copy)
+        yield copy
+
+
+def user_cache() -> Path:
+    """Where this program may keep what it can make or fetch again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "querybridge"
+
+
+def download(urls: Sequence[str]) -> list[bytes | Exception]:
+    """Whole small files, at once; an exception where one does not come."""
+    found = store_of(urls[0]).cat(list(urls), on_error="return")
+    found = found if isinstance(found, dict) else {urls[0]: found}  # of a single URL it is the bytes alone
+    by_name = {_bare(name): content for name, content in found.items()}
+    return [by_name[_bare(url)] for url in urls]
+
+
+def _bare(url: str) -> str:
+    """Stores answer with their paths, without the scheme."""
+    return url.split("://", 1)[-1]
+
+
+def _folders(folder: Path) -> list[str]:
+    return [entry.path for entry in os.scandir(folder) if entry.is_dir()]
+
+
+def _download(spans: Sequence[Span]) -> list[bytes]:
+    """Ranges of remote files, at once; what fails is asked for again, a little later each time."""
+    found: list[bytes | Exception] = [OSError("not asked for")] * len(spans)
+    store = store_of(spans[0].path)
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+        open_ones = [number for number, content in enumerate(found) if isinstance(content, Exception)]
+        paths, starts, ends = zip(*(spans[number] for number in open_ones), strict=True)
+        contents = store.cat_ranges(list(paths), list(starts), list(ends), on_error="return")
+        for number, content in zip(open_ones, contents, strict=True):
+            found[number] = content
+        failed = next(((span, c) for span, c in zip(spans, found, strict=True) if isinstance(c, Exception)), None)
+        if failed is None:
+            return [content for content in found if isinstance(content, bytes)]
+    span, error = failed
+    raise OSError(
+        f"{span.path} does not come after {TRIES} tries ({type(error).__name__}: {error}); see whether the address and the "
+        "network are right, then run again to go on from the last checkpoint"
+    )
