@@ -24,7 +24,7 @@ import tyro
 from data.parallel import each_shard
 from data.records import BadSample, Task, to_record
 from data.shard_index import IMAGES, MAX_BYTES, MEMBER, index_shard
-from data.shards import ShardSource, expand
+from data.shards import ShardSource, expand_local
 from model.files import write_whole
 
 SHOWN = 5  # problems of a kind that are printed in full
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 when nothing is wrong, 1 when something is, 2 with one sentence for input that cannot be used."""
     args = tyro.cli(Args, args=arguments, prog="python -m data.lint", description=__doc__)
     try:
-        paths = expand(args.urls)
+        paths = expand_local(args.urls)
         found = [p for problems in each_shard(partial(lint, task=args.task), paths, args.jobs, "reading") for p in problems]
         if args.json is not None:
             text = json.dumps([asdict(problem) for problem in found], indent=2)

@@ -26,7 +26,7 @@ from data.latents import NOTE, encode_array, latent_fingerprint, note, shard_sta
 from data.parallel import bar
 from data.records import BadSample
 from data.shard_index import ShardIndex, index_shard
-from data.shards import ShardSource, expand
+from data.shards import ShardSource, expand_local
 from data.transforms import resize_and_crop, to_tensor
 from model.files import write_json, write_whole
 from model.vae import LatentVAE, VAEConfig, load_vae
@@ -66,7 +66,7 @@ def encode(args: Args) -> None:
         ValueError: no shard or autoencoder is found, a number is impossible, or the folder holds other latents.
     """
     first, parts = _part(args.part)
-    paths = expand(args.urls)
+    paths = expand_local(args.urls)
     names = [os.path.basename(path) for path in paths]
     if len(set(names)) < len(names):
         raise ValueError("urls: two shards have the same name, and latents lie under it; encode their folders apart")

@@ -112,7 +112,7 @@ def _remote_indexes(urls: Sequence[str], shapes: bool) -> list[ShardIndex]:
     for url, content in zip(urls, _elsewhere(urls), strict=True):
         if content is None or not _suffices(content, False, shapes):
             raise ValueError(
-                f"shard {url} has no index{' with shapes' * shapes}; make it with data.index, or set its source's stream to 1000"
+                f"shard {url} has no index{' with shapes' * shapes}; make it with data.index, or set the source's stream"
             )
         found.append(_to_index(url, content))
     return found

@@ -64,6 +64,8 @@ class ShardSource:
         of all pictures are known."""
         self._take(index_shards(expand(urls), shapes), cache)
         if latents is not None:
+            if self._storage is not self._files:
+                raise ValueError(f"data.sources latents belong to local shards, and {urls!r} lie elsewhere; leave them out")
             recorded = note(Path(latents))["shards"]  # once: it names every shard
             self._latents = [_latents_of(index, Path(latents), recorded) for index in self._indexes]
             self._skipped = () if keep_pictures else IMAGES
@@ -224,6 +226,14 @@ def expand(urls: str) -> list[str]:
     if len({is_url(path) for path in paths}) > 1:
         raise ValueError(f"data.sources urls {urls!r} are partly local and partly elsewhere; give two sources")
     return sorted(paths)
+
+
+def expand_local(urls: str) -> list[str]:
+    """As `expand`, and ValueError for shards elsewhere."""
+    paths = expand(urls)
+    if is_url(paths[0]):
+        raise ValueError(f"{urls!r} lie elsewhere, and only local shards can be worked on; fetch them first")
+    return paths
 
 
 def _listed(url: str) -> list[str]:

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -207,21 +208,21 @@ def _folders(folder: Path) -> list[str]:
 
 def _download(spans: Sequence[Span]) -> list[bytes]:
     """Ranges of remote files, at once; what fails is asked for again, a little later each time."""
-    found: list[bytes | Exception] = [OSError("not asked for")] * len(spans)
-    store = store_of(spans[0].path)
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
-        open_ones = [number for number, content in enumerate(found) if isinstance(content, Exception)]
-        paths, starts, ends = zip(*(spans[number] for number in open_ones), strict=True)
+    store, found = store_of(spans[0].path), dict[Span, bytes]()
+    for attempt in count():
+        open_ones = [span for span in spans if span not in found]
+        paths, starts, ends = zip(*open_ones, strict=True)
         contents = store.cat_ranges(list(paths), list(starts), list(ends), on_error="return")
-        for number, content in zip(open_ones, contents, strict=True):
-            found[number] = content
-        failed = next(((span, c) for span, c in zip(spans, found, strict=True) if isinstance(c, Exception)), None)
-        if failed is None:
-            return [content for content in found if isinstance(content, bytes)]
-    span, error = failed
-    raise OSError(
-        f"{span.path} does not come after {TRIES} tries ({type(error).__name__}: {error}); see whether the address and the "
-        "network are right, then run again to go on from the last checkpoint"
-    )
+        came = dict(zip(open_ones, contents, strict=True))
+        failed = [(span, content) for span, content in came.items() if isinstance(content, Exception)]
+        found |= {span: content for span, content in came.items() if isinstance(content, bytes)}
+        if not failed:
+            break
+        if attempt == TRIES - 1:
+            (span, error), *_ = failed
+            raise OSError(
+                f"{span.path} does not come after {TRIES} tries ({type(error).__name__}: {error}); see whether the address "
+                "and the network are right, then run again to go on from the last checkpoint"
+            )
+        time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
+    return [found[span] for span in spans]

@@ -113,10 +113,10 @@ class MetaQuery(nn.Module):
         return self.latent_shape[1] * self.vae.factor
 
     def shape_of(self, height: int, width: int) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of pictures of so many pixels. ValueError for sides that the autoencoder does not take."""
+        """(c, h, w) of the latents of pictures of so many pixels. ValueError where the autoencoder takes other sides."""
         factor = self.vae.factor
         if min(height, width) < factor or height % factor or width % factor:
-            raise ValueError(f"height {height}, width {width}: the autoencoder takes multiples of {factor}; give those")
+            raise ValueError(f"height {height}, width {width}: the autoencoder takes multiples of {factor}, give such")
         return self.latent_shape[0], height // factor, width // factor
 
     def place(self, device: torch.device | str) -> "MetaQuery":

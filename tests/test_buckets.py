@@ -1,10 +1,11 @@
-"""Pictures of any aspect ratio in batches of one shape: which shapes there are, who gets which, and the order that results."""
+"""Pictures of any aspect ratio in batches of one shape: which shapes there are, who gets which, and the order of it all."""
 
 import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,15 @@ from data.pack import Item, write_shards
 from data.shard_index import index_shard
 from data.shards import Shards
 from data.transforms import ORIENTATION, UNKNOWN, decode_image, resize_and_crop, to_rgb, to_tensor, upright_shape
+from sample.pipeline import Pipeline
+from tests import tiny, tiny_repae
+from tests.releases import release
+from tests.two_ranks import tiny_run
+from train.config import Run
+from train.engine import EngineConfig
+from train.ranks import start
+from train.repae import ClassesTold
+from train.run import named, parse
 
 ASPECTS = st.floats(1.01, 8)
 WORLDS = st.sampled_from([(1, 1), (2, 1), (3, 2), (4, 3), (1, 4), (2, 2)])
@@ -33,7 +43,7 @@ def test_shapes_keep_the_area_and_stay_within_the_limit(side, step, max_aspect):
     assert (side * step, side * step) in buckets.shapes
     assert set(buckets.shapes) == {(width, height) for height, width in buckets.shapes}
     for height, width in buckets.shapes:
-        assert height % step == 0 and width % step == 0
+        assert height % step == width % step == 0
         assert max(height, width) <= max_aspect * min(height, width)
         assert height * width <= (side * step) ** 2
         assert (height + step) * width > (side * step) ** 2  # no larger height fits this width
@@ -61,7 +71,11 @@ def test_unknown_sizes_are_squares():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [((512, 0.5, 64), r"data\.max_aspect is 0\.5"), ((500, 2, 64), r"data\.bucket_step is 64"), ((512, 2, 0), "bucket_step")],
+    [
+        ((512, 0.5, 64), r"data\.max_aspect is 0\.5"),
+        ((500, 2, 64), r"data\.bucket_step is 64"),
+        ((512, 2, 0), "bucket_step"),
+    ],
 )
 def test_impossible_buckets(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -152,7 +166,7 @@ SIZES = [(60, 40), (40, 60), (50, 50), (90, 45), (41, 60)]  # width and height
 def shards(tmp_path_factory):
     """Pictures of five sizes, labelled by which."""
     folder = tmp_path_factory.mktemp("shapes") / "set"
-    items = [Item(image=encoded(*SIZES[n % 5]), described={"label": n % 5}) for n in range(57)]
+    items = [Item(f"picture {n}", encoded(*SIZES[n % 5]), described={"label": n % 5}) for n in range(57)]
     write_shards(items, lambda item: item, folder, shard_size=20)
     return folder
 
@@ -222,3 +236,48 @@ def test_streams_and_latents_have_no_buckets(shards):
         loader(shards, sources=(Shards(f"{shards}/*.tar", stream=5),))
     with pytest.raises(ValueError, match="latents are those of squares"):
         loader(shards, sources=(Shards(f"{shards}/*.tar", latents="anywhere"),))
+
+
+def trained(run: Run, shards, task: str) -> list[tuple[int, ...]]:
+    """Shapes of the pictures of six steps of a run, all of which were taken."""
+    source = (Shards(f"{shards}/*.tar"),)
+    data = replace(run.data, sources=source, task=task, image_size=16, max_aspect=2, bucket_step=4)
+    run = replace(run, data=data, schedule=replace(run.schedule, batch_size=4, accumulation=1))
+    ranks = start(timeout_seconds=60)
+    built: Any = run.task.build(run, ranks)
+    shapes = []
+    for batch in islice(built.batches(0), 6):
+        shapes.append(tuple(batch.pixels.shape[-2:]))
+        assert torch.isfinite(built.step(batch)["loss"])
+    assert all(engine.last is not None and engine.last.objection is None for engine in built.engines.values())
+    return shapes
+
+
+def test_a_bridge_trains_on_all_shapes_and_draws_them(shards, tmp_path):
+    tiny.metaquery_config(tmp_path)
+    run = parse(tiny_run(tmp_path, tmp_path / "out", "--engine.precision", "fp32"))
+    assert len(set(trained(run, shards, "t2i"))) > 1
+    pipeline = Pipeline.from_release(release(tmp_path / "release"))
+    (picture,) = pipeline(["a star"], [1], steps=2, height=8, width=32)
+    assert picture.size == (32, 8)
+    with pytest.raises(ValueError, match="height 9, width 16: the autoencoder takes multiples of 2"):
+        pipeline(["a star"], [1], steps=2, height=9)
+
+
+def test_joint_training_takes_all_shapes(shards, tmp_path):
+    run = tiny_repae.repae_run(tmp_path, EngineConfig(precision="fp32"), told=ClassesTold(classes=5))
+    assert len(set(trained(run, shards, "labelled"))) > 1
+
+
+def test_a_task_of_squares_refuses_shapes(shards):
+    run = named("world.decoder")()
+    data = replace(run.data, sources=(Shards(f"{shards}/*.tar"),), max_aspect=2, bucket_step=8)
+    with pytest.raises(ValueError, match=r"data\.max_aspect is 2, and this task learns from squares alone"):
+        run.task.build(replace(run, data=data), start(timeout_seconds=60))
+
+
+def test_shapes_that_the_autoencoder_cannot_take_are_refused(shards, tmp_path):
+    run = tiny_repae.repae_run(tmp_path, EngineConfig(precision="fp32"), told=ClassesTold(classes=5))
+    data = replace(run.data, sources=(Shards(f"{shards}/*.tar"),), max_aspect=2, bucket_step=1)
+    with pytest.raises(ValueError, match=r"data\.bucket_step is 1; the autoencoder takes multiples of 2"):
+        run.task.build(replace(run, data=data), start(timeout_seconds=60))

@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 
-from data import index, storage
+from data import index, lint, precompute, storage
 from data.loader import Data, Loader
 from data.pack import Item, write_shards
 from data.shards import Shards, ShardSource, expand
@@ -120,8 +120,7 @@ def test_a_shard_that_is_not_the_indexed_one_is_named(folder, site, tmp_path):
         write_shards(items, lambda item: item, tmp_path / "new")
         os.replace(tmp_path / "new" / "00000.tar", tmp_path / "other" / "00000.tar")
         with pytest.raises(ValueError, match=r"00000\.tar has changed since it was indexed"):
-            for number in range(8):
-                source.read(number)
+            source.read(1)
 
 
 def test_shards_without_an_index_are_indexed_from_here(folder, tmp_path, monkeypatch, capsys):
@@ -169,6 +168,15 @@ def test_a_web_server_is_not_listed():
     signed = "https://example.org/a.tar?signature=x"
     assert expand(signed) == [signed]
     assert storage.beside(signed, ".idx.json") == "https://example.org/a.tar.idx.json?signature=x"
+
+
+def test_what_works_on_local_shards_alone_says_so(site, capsys, tmp_path):
+    vae = ["--vae.path", "nowhere", "--image-size", "8", "--out", str(tmp_path / "latents")]
+    for code in (lint.main([urls(site)]), precompute.main([urls(site), *vae])):
+        assert code == 2
+        assert "only local shards can be worked on; fetch them first" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="latents belong to local shards"):
+        ShardSource(urls(site), latents=str(tmp_path))
 
 
 def test_local_and_remote_shards_are_two_sources(folder):

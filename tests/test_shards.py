@@ -269,7 +269,9 @@ def test_expand(tmp_path):
         expand(str(tmp_path / "{a..d}.tar"))
 
 
-@pytest.mark.parametrize("urls", ["pipe:touch canary", "file:///etc/passwd", "ftp://example.org/0.tar", "pipe://touch canary"])
+@pytest.mark.parametrize(
+    "urls", ["pipe:touch canary", "file:///etc/passwd", "ftp://example.org/0.tar", "pipe://touch canary"]
+)
 def test_schemes_that_are_not_read(urls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="is not read: give local paths, or URLs of"):

@@ -28,7 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from data.loader import World
-from data.shards import expand
+from data.shard_index import index_shards
+from data.shards import Shards, expand
+from data.storage import is_url
 from model.files import dump_config, write_whole
 from sample import cli
 from train.config import Run
@@ -152,18 +154,24 @@ def folder(run: Run, ranks: Ranks) -> Finding:
 
 def data(run: Run, ranks: Ranks) -> Finding:
     """The shards that are named, and how many were indexed ahead."""
-    said = []
-    for source in run.data.sources:
-        if isinstance(source, World):
-            said.append("a generated world, endless")
-            continue
-        paths = expand(source.urls)
-        indexed = sum(Path(f"{path}.idx.json").is_file() for path in paths)
-        size = sum(os.path.getsize(path) for path in paths)
-        missing = len(paths) - indexed
-        advice = f"; {missing:,} not indexed yet: python -m data.index {source.urls!r}" if missing else ""
-        said.append(f"{source.urls}: {len(paths):,} shards, {size / 1e9:,.2f} GB{advice}")
-    return Finding("\n".join(said))
+    return Finding("\n".join(_source(source, run) for source in run.data.sources))
+
+
+def _source(source: World | Shards, run: Run) -> str:
+    if isinstance(source, World):
+        return "a generated world, endless"
+    paths = expand(source.urls)
+    if source.stream:
+        return f"{source.urls}: {len(paths):,} shards, streamed: a resumed run may repeat samples"
+    if is_url(paths[0]):
+        samples, cache = sum(map(len, index_shards(paths))), run.data.cache
+        held = f"through a cache of {cache.gigabytes:g} GB on each machine"
+        return f"{source.urls}: {len(paths):,} shards, {samples:,} samples, {held}"
+    indexed = sum(Path(f"{path}.idx.json").is_file() for path in paths)
+    size = sum(os.path.getsize(path) for path in paths)
+    missing = len(paths) - indexed
+    advice = f"; {missing:,} not indexed yet: python -m data.index {source.urls!r}" if missing else ""
+    return f"{source.urls}: {len(paths):,} shards, {size / 1e9:,.2f} GB{advice}"
 
 
 def step(run: Run, ranks: Ranks) -> Finding:
