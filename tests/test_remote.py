@@ -172,8 +172,8 @@ def test_a_web_server_is_not_listed():
 
 def test_what_works_on_local_shards_alone_says_so(site, capsys, tmp_path):
     vae = ["--vae.path", "nowhere", "--image-size", "8", "--out", str(tmp_path / "latents")]
-    for code in (lint.main([urls(site)]), precompute.main([urls(site), *vae])):
-        assert code == 2
+    for main, arguments in ((lint.main, [urls(site)]), (precompute.main, [urls(site), *vae])):
+        assert main(arguments) == 2
         assert "only local shards can be worked on; fetch them first" in capsys.readouterr().err
     with pytest.raises(ValueError, match="latents belong to local shards"):
         ShardSource(urls(site), latents=str(tmp_path))
