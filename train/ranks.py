@@ -20,6 +20,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 _SOURCE = r"\[\S+\.cc:\d+\] "  # where in torch's source an error was raised
@@ -97,7 +98,7 @@ def start(timeout_seconds: float) -> Ranks:
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         else:
             with others_answer():
-                store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # waits for the first machine, and its name
+                store, _, _ = next(rendezvous("env://", timeout=timeout))  # waits for the first machine, and its name
                 store.set_timeout(timeout)
                 if interface := _interface(os.environ["MASTER_ADDR"]):
                     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
