@@ -20,7 +20,7 @@ from train.engine import EngineConfig
 from train.loop import Schedule
 
 STEPS, SAVE_EVERY = 24, 6
-TIMEOUT_SECONDS = 30
+TIMEOUT_SECONDS = 60
 END_SECONDS = 30
 """For launchers to end once their rank has, on a machine that does something else."""
 KINDS = ("metaquery", "repae")
@@ -115,6 +115,8 @@ def story(launcher: str, hosts: tuple[Host, Host], parts: Path, folder: Path, *,
     checkpoints = out / LAUNCHERS[launcher][1] / "checkpoints"
     deadline = time.monotonic() + 600
     while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
+        gone = [host.ended(60) for host in hosts if host.processes[-1].poll() is not None]
+        assert not gone, gone
         time.sleep(0.005)
     if silently:
         victim.plug(False)
