@@ -20,6 +20,7 @@ setup(
         "sentencepiece>=0.2.2",
         "protobuf>=5",
         "numpy>=2",
+        "psutil>=5",
         "pillow>=11",
         "pydantic>=2",
         "tyro>=1.0,<2",

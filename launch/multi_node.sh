@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 VENV="${VENV:-$PWD/.venv}"       # SET: the environment with the program
 PROCESSES="${PROCESSES:-auto}"   # SET: processes on this machine, when not all GPUs are to be used
-INTERFACE="${INTERFACE:-}"       # SET: the network between the machines (ip -br address), when they have several
+INTERFACE="${INTERFACE:-}"       # SET: the network between the machines (ip -br address), when not that of MASTER_ADDR
 
 : "${NNODES:?is how many machines there are}" "${NODE_RANK:?is 0 to NNODES - 1, another on each machine}"
 : "${MASTER_ADDR:?is the address of the machine with NODE_RANK 0}"

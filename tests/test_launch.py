@@ -179,7 +179,7 @@ def test_torchrun_passes_a_schedulers_warning_on_and_waits(tmp_path):
         assert "--signals-to-handle SIGTERM,SIGINT,SIGUSR1 -m train.run metaquery.tiny 300" in output
 
 
-@pytest.mark.parametrize(("code", "requests"), [(0, 0), (SAVED_AND_STOPPED, 1), (1, 0), (2, 0), (6, 0), (137, 0)])
+@pytest.mark.parametrize(("code", "requests"), [(0, 0), (SAVED_AND_STOPPED, 1), (1, 0), (2, 0), (6, 0), (69, 0), (137, 0)])
 def test_slurm_queues_again_what_was_saved_and_nothing_else(code, requests, tmp_path):
     process = slurm(tmp_path, "metaquery.tiny", srun=f"import sys\nprint(sys.argv[1:])\nsys.exit({code})")
     output = finished(process, code)

@@ -77,7 +77,7 @@ def fit(
         _held(folder, ranks),
         Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps, settings=config) as log,
         _interruptible() as interrupted,
-        Watchdog(ranks.rank) as dog,
+        Watchdog(ranks.rank, ranks.world) as dog,
     ):
         checkpoint.set_aside(folder / "checkpoints", step, ranks)
         if ranks.first:

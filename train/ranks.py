@@ -6,16 +6,28 @@ Works under `torchrun`, under `deepspeed`, under any launcher that sets RANK / W
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
+_SOURCE = r"\[\S+\.cc:\d+\] "  # where in torch's source an error was raised
+
+
+class Lost(ConnectionError):
+    """Another rank, or its machine, no longer answers."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,7 @@ class Ranks:
 def start(timeout_seconds: float) -> Ranks:
     """Join the process group that the launcher's environment describes (one process when it describes none).
 
-    Raises ValueError when the environment is half set.
+    Raises ValueError when the environment is half set, Lost when the others cannot be reached.
     """
     variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in variables if name not in os.environ]
@@ -85,8 +97,43 @@ def start(timeout_seconds: float) -> Ranks:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] (documented; needs no port)
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            with others_answer():
+                store, _, _ = next(rendezvous("env://", timeout=timeout))  # waits for the first machine, and its name
+                store.set_timeout(timeout)
+                if interface := _interface(os.environ["MASTER_ADDR"]):
+                    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return Ranks(rank, world, device)
+
+
+@contextmanager
+def others_answer() -> Iterator[None]:
+    """Raises Lost for what torch raises when a collective inside does not come about, because a rank ended or is silent."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = re.split(r"\.?(?:\n|$)|\. ", str(error))[0]
+        if not isinstance(error, dist.DistError) and "/gloo/" not in said:  # Gloo's have no class of their own
+            raise
+        who = f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"
+        raise Lost(
+            f"{who} gets no answer from another: {re.sub(_SOURCE, '', said)}; "
+            "find the rank that says why, or the machine that is silent, and run again to go on from the last checkpoint"
+        ) from error
+
+
+def _interface(host: str) -> str | None:
+    """This machine's network interface from which `host` is reached; None where it is this machine by a loopback address.
+
+    Gloo alone takes the address of the machine's own name, which on Debian is 127.0.1.1, where no other machine finds it.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as unsent:
+        unsent.connect(address)  # of a datagram socket: chooses the way, sends nothing
+        mine = unsent.getsockname()[0]
+    if ipaddress.ip_address(mine).is_loopback:
+        return None
+    return next(name for name, held in psutil.net_if_addrs().items() if mine in (each.address for each in held))
 
 
 def seed_step(seed: int, step: int, micro: int, rank: int) -> None:

@@ -7,7 +7,7 @@
     python -m train.run metaquery.base_sana --plan --world 8   # parameters, memory and FLOP, before anything is read
 
 The same command again goes on where the run stopped. `python -m train.run NAME --help` lists every setting.
-Exit codes: 0 finished, 1 diverged, 2 bad input, 6 hung, 75 stopped by a signal after saving.
+Exit codes: 0 finished, 1 diverged, 2 bad input, 6 hung, 69 another rank lost, 75 stopped by a signal after saving.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from sample import cli
 from train.config import Run
 from train.guard import Diverged
 from train.loop import fit
-from train.ranks import start
+from train.ranks import Lost, others_answer, start
 
-DIVERGED, INTERRUPTED = 1, os.EX_TEMPFAIL
+DIVERGED, LOST, INTERRUPTED = 1, os.EX_UNAVAILABLE, os.EX_TEMPFAIL
 PLAN = "--plan"
 
 
@@ -44,27 +44,34 @@ def main(argv: list[str] | None = None) -> None:
 
         return plan.main([word for word in words if word != PLAN])
     run = parse(words)
+    try:
+        with others_answer():
+            finished = _train(run)
+    except (Diverged, Lost) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(DIVERGED if isinstance(error, Diverged) else LOST) from error
+    if not finished:
+        raise SystemExit(INTERRUPTED)
+
+
+def _train(run: Run) -> bool:
+    """False when a signal stopped it early."""
     ranks = start(run.engine.timeout_seconds)
     torch.manual_seed(run.seed)
     task = run.task.build(run, ranks)
-    try:
-        finished = fit(
-            task,
-            run.schedule,
-            seed=run.seed,
-            folder=run.folder,
-            config=dump_config(run),
-            resume=run.resume,
-            metrics=run.metrics,
-            ranks=ranks,
-            watch=run.watch,
-        )
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(DIVERGED) from error
+    finished = fit(
+        task,
+        run.schedule,
+        seed=run.seed,
+        folder=run.folder,
+        config=dump_config(run),
+        resume=run.resume,
+        metrics=run.metrics,
+        ranks=ranks,
+        watch=run.watch,
+    )
     ranks.barrier()
-    if not finished:
-        raise SystemExit(INTERRUPTED)
+    return finished
 
 
 def parse(argv: list[str]) -> Run:

@@ -40,8 +40,9 @@ class WatchConfig:
 class Watchdog:
     """Watches one process from a thread of its own; enter it around training."""
 
-    def __init__(self, rank: int, tick_seconds: float = 1.0) -> None:
-        self._rank, self._tick = rank, tick_seconds
+    def __init__(self, rank: int, world: int = 1, tick_seconds: float = 1.0) -> None:
+        self._who = f"rank {rank} hangs" + ", or waits for one that hangs or is gone" * (world > 1)
+        self._tick = tick_seconds
         self._due: tuple[float, str] | None = None  # (time.monotonic at which it is given up, what would be said)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -58,7 +59,7 @@ class Watchdog:
     def limit(self, seconds: float, what: str, where: str) -> Iterator[None]:
         """What happens inside may take so long; 0: as it likes. `what` names it and its setting, `where` the step."""
         if seconds:
-            said = f"rank {self._rank} hangs: {what} has taken over {seconds:g} s at {where}"
+            said = f"{self._who}: {what} has taken over {seconds:g} s at {where}"
             self._due = time.monotonic() + seconds, said
         try:
             yield
