@@ -24,7 +24,7 @@ class Load:
     width: int
     """Bytes of a weight, and of its gradient."""
     checkpointed: float = 0
-    """Of the trained: those in blocks that are computed again on the way back."""
+    """Of the trained: those that are gathered once more because their blocks are computed again on the way back."""
     frozen: float = 0
     """Of frozen modules inside the engine, through which a gradient passes."""
 
@@ -82,6 +82,11 @@ class Network:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"network.{name} is {getattr(self, name)}; give 0 or more")
 
+    @property
+    def between_nodes(self) -> float:
+        """B/s of each GPU to other nodes, when all of its node send."""
+        return self.nic_gbits * 1e9 / 8 * self.nics_per_node / self.gpus_per_node
+
     def pass_seconds(self, size: float, messages: int, world: int) -> float:
         """Of an all-gather or a reduce-scatter of `size` bytes, cut into messages: of n ranks that pass the n-th part of
         what they share from one to the next, each n - 1 times."""
@@ -89,8 +94,7 @@ class Network:
         nodes, rest = divmod(world, near)
         if rest:
             raise ValueError(f"world {world} does not fill nodes; give a multiple of network.gpus_per_node {near}")
-        far = self.nic_gbits * 1e9 / 8 * self.nics_per_node / self.gpus_per_node  # B/s of a GPU
-        return (nodes - 1) * (messages * self.nic_us * 1e-6 + size / world / far) + (near - 1) * (
+        return (nodes - 1) * (messages * self.nic_us * 1e-6 + size / world / self.between_nodes) + (near - 1) * (
             messages * self.nvlink_us * 1e-6 + size / near / (self.nvlink_gbytes * 1e9)
         )
 

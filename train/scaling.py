@@ -134,20 +134,24 @@ def load_of(model: MetaQuery, width: int) -> Load:
     """What trains of a model, and what of that lies in blocks that are computed again."""
     config, again = model.config, 0
     if config.connector.activation_checkpointing:
-        again += _stacked(model.connector)
+        again += _again(model.connector)
     if isinstance(config.decoder, DiffusersDecoderConfig) and config.decoder.activation_checkpointing:
-        again += _stacked(model.decoder)
+        again += _again(model.decoder)
     return Load(sum(p.numel() for p in model.parameters() if p.requires_grad), width, again)
 
 
-def _stacked(module: nn.Module) -> int:
-    """Trained weights in the outermost stacks of blocks."""
+def _again(module: nn.Module) -> int:
+    """Trained weights that are gathered once more for the blocks of a module's outermost stacks: computing a block again
+    stops within its last layer, whose weights then stay for the way back."""
     count = 0
     for child in module.children():
         if isinstance(child, nn.ModuleList):
-            count += sum(p.numel() for p in child.parameters() if p.requires_grad)
+            for block in child:
+                last = [layer for layer in block.modules() if [*layer.parameters(recurse=False)]][-1]
+                stay = {id(p) for p in last.parameters(recurse=False)}
+                count += sum(p.numel() for p in block.parameters() if p.requires_grad and id(p) not in stay)
         else:
-            count += _stacked(child)
+            count += _again(child)
     return count
 
 
@@ -214,7 +218,19 @@ def shares(recipe: Recipe, args: Args, world: int) -> dict[str, int]:
 
 def measures(recipe: Recipe, args: Args) -> dict[str, Measure]:
     """All that docs/scaling.md shows of a recipe."""
+    network = args.network
     found = {
+        "assumed.peak": Measure(args.peak_tflops * 1e12, unit="FLOP/s"),
+        "assumed.utilisation": Measure(args.utilisation, unit="share"),
+        "assumed.memory": Measure(args.memory_gb * 1e9, unit="B"),
+        "assumed.reserve": Measure(args.reserve, unit="share"),
+        "assumed.gpus_per_node": Measure(network.gpus_per_node),
+        "assumed.within_node": Measure(network.nvlink_gbytes * 1e9, unit="B/s"),
+        "assumed.within_node.latency": Measure(network.nvlink_us * 1e-6, unit="s"),
+        "assumed.between_nodes": Measure(network.between_nodes, unit="B/s"),
+        "assumed.between_nodes.latency": Measure(network.nic_us * 1e-6, unit="s"),
+        "assumed.storage_of_node": Measure(args.storage_gbytes * 1e9, unit="B/s"),
+        "assumed.picture": Measure(args.picture_bytes, unit="B"),
         "recipe.trained": Measure(recipe.load.trained),
         "recipe.picture.flop": Measure(recipe.flop, unit="FLOP"),
         "recipe.latents.bytes_saved": Measure(1 - recipe.latent_bytes / args.picture_bytes, unit="share"),
