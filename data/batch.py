@@ -172,4 +172,7 @@ def _latents(records: Sequence[TextToImage | Edit | Labelled]) -> torch.Tensor |
 
 def _pixels(records: Sequence[TextToImage | Edit | Labelled], size: int) -> torch.Tensor:
     images = [record.image for record in records if record.image is not None]
-    return torch.stack([to_tensor(resize_and_crop(image, size)) for image in images])  # [B, 3, H, W]
+    pixels = torch.empty(len(images), 3, size, size)  # [B, 3, H, W]
+    for image, out in zip(images, pixels, strict=True):
+        to_tensor(resize_and_crop(image, size), out)
+    return pixels

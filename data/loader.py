@@ -23,7 +23,6 @@ from data.shards import Shards, ShardSource
 from data.source import Source, WorldSource
 
 MAX_BAD_IN_A_ROW = 100
-MAX_BAD_SHARE = 0.01
 MIN_READ_TO_JUDGE = 1_000  # samples, before the share of bad ones counts
 
 log = logging.getLogger(__name__)
@@ -59,6 +58,7 @@ class Data:
     image_size: int = 64  # pixels a side
     dropout: Dropout = field(default_factory=Dropout)
     workers: int = 0  # processes that prepare batches; 0 prepares them in the training process
+    max_bad_share: float = 0.01  # of samples that cannot be used and are replaced; more ends the run
 
 
 def open_source(config: World | Shards, task: Task, image_size: int) -> Source:
@@ -113,6 +113,7 @@ class _Batches(Positions[_Fetched]):
         self._order = Order([len(source) for source in self._sources], weights, seed)
         self._task: Task = config.task
         self._collate = collate
+        self._check = collate.check if isinstance(collate, Selective) else None  # asked once: a Protocol is slow to tell
 
     def __getitem__(self, position: int) -> _Fetched:
         samples = self.numbers(position)
@@ -133,8 +134,8 @@ class _Batches(Positions[_Fetched]):
             index = place.index + ahead
             try:
                 record = to_record(self._task, source.read(index % len(source) if len(source) else index))
-                if isinstance(self._collate, Selective):
-                    self._collate.check(record)
+                if self._check is not None:
+                    self._check(record)
                 return record
             except BadSample as bad:
                 rejects[name, bad.reason] += 1
@@ -146,7 +147,7 @@ class Loader:
     """Endless batches for one rank. `samples`, the global samples handed out so far, is the whole state: set it to resume.
 
     `collate` turns this rank's records and their global sample numbers into a batch (data/batch.py). ValueError when the
-    data is too bad to go on: past 1 % rejects, or 100 in a row."""
+    data is too bad to go on: past its share of rejects, or 100 in a row."""
 
     def __init__(
         self, config: Data, collate: Collate, batch_size_per_rank: int, rank: int = 0, world_size: int = 1, seed: int = 0
@@ -155,9 +156,12 @@ class Loader:
             raise ValueError(f"the batch size per rank is {batch_size_per_rank}; give at least one sample to every rank")
         if config.workers < 0:
             raise ValueError(f"data.workers is {config.workers}; give 0 or the number of worker processes")
+        if not 0 <= config.max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share is {config.max_bad_share}; give a share from 0 to 1, such as 0.01")
         self.samples = 0
         self.rejects: Counter[tuple[str, str]] = Counter()  # (source, reason) -> samples this rank had to replace
         self._read = 0  # samples this rank has handed out since it started
+        self._max_bad_share = config.max_bad_share
         self._global_batch = batch_size_per_rank * world_size
         self._batches = _Batches(config, collate, range(rank, self._global_batch, world_size), seed)
 
@@ -176,8 +180,11 @@ class Loader:
         counts = "; ".join(f"{count} x {reason} ({source})" for (source, reason), count in self.rejects.most_common(5))
         if fetched.batch is None:
             raise ValueError(f"{MAX_BAD_IN_A_ROW} samples in a row cannot be used: {counts}; check data.sources, data.task")
-        if self._read >= MIN_READ_TO_JUDGE and bad > MAX_BAD_SHARE * self._read:
-            raise ValueError(f"{bad} of {self._read} samples cannot be used: {counts}; repair or remove that source")
+        if self._read >= MIN_READ_TO_JUDGE and bad > self._max_bad_share * self._read:
+            raise ValueError(
+                f"{bad} of {self._read} samples cannot be used: {counts}; "
+                "repair or remove that source, or raise data.max_bad_share"
+            )
 
 
 def _unchanged(batch: Any) -> Any:

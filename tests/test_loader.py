@@ -172,6 +172,8 @@ def test_more_than_one_percent_bad_end_the_run_after_a_thousand(tmp_path, image)
     with pytest.raises(ValueError, match="1000 samples cannot be used"):
         list(islice(many, 30))
     assert many.samples == 950
+    told = Loader(Data((Shards(f"{tmp_path}/many/set/*.tar"),), max_bad_share=0.05), Names(), 50)
+    assert len(list(islice(told, 30))) == 30
 
 
 def test_the_world_is_an_endless_source():
@@ -183,7 +185,12 @@ def test_the_world_is_an_endless_source():
 
 @pytest.mark.parametrize(
     ("changes", "batch_size", "message"),
-    [({}, 0, "batch size per rank"), ({"workers": -1}, 2, "data.workers"), ({"sources": ()}, 2, "data.sources")],
+    [
+        ({}, 0, "batch size per rank"),
+        ({"workers": -1}, 2, "data.workers"),
+        ({"max_bad_share": 2}, 2, "data.max_bad_share"),
+        ({"sources": ()}, 2, "data.sources"),
+    ],
 )
 def test_impossible_settings_are_refused(changes, batch_size, message):
     with pytest.raises(ValueError, match=message):
