@@ -42,6 +42,7 @@ setup(
         "remote": ["fsspec[http]>=2025.3"],
         "smolvlm": ["num2words>=0.5.14"],
         "fidelity": ["torch-fidelity>=0.4", "torchvision"],
+        "decoders": ["simplejpeg>=1.9", "opencv-python-headless>=4.11"],
         "plots": ["matplotlib>=3.9"],
         "tensorboard": ["tensorboard>=2.20"],
         "wandb": ["wandb>=0.23"],

@@ -176,5 +176,8 @@ def _latents(records: Sequence[TextToImage | Edit | Labelled]) -> torch.Tensor |
 def _pixels(records: Sequence[TextToImage | Edit | Labelled], size: int, buckets: Buckets | None) -> torch.Tensor:
     """[B, 3, H, W], of the bucket in which the loader has gathered them."""
     images = [record.image for record in records if record.image is not None]
-    shape = (size, size) if buckets is None else buckets.shape_of(images[0])
-    return torch.stack([to_tensor(resize_and_crop(image, shape)) for image in images])
+    height, width = (size, size) if buckets is None else buckets.shape_of(images[0])
+    pixels = torch.empty(len(images), 3, height, width)
+    for image, out in zip(images, pixels, strict=True):
+        to_tensor(resize_and_crop(image, (height, width)), out)
+    return pixels

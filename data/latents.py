@@ -21,7 +21,7 @@ from model.files import read_json
 from model.vae import LatentVAE
 
 NOTE = "latents.json"
-TRANSFORM = "central square, antialiased bicubic, [-1, 1]"  # data/transforms.py; another one is another fingerprint
+TRANSFORM = "central square of whole pixels, antialiased bicubic on bytes, [-1, 1]"
 
 
 def latent_fingerprint(vae: LatentVAE, image_size: int) -> str:

@@ -133,6 +133,7 @@ class _Batches(Positions[_Fetched]):
         super().__init__(rows, config.workers)
         self._task: Task = config.task
         self._collate = collate
+        self._check = collate.check if isinstance(collate, Selective) else None  # asked once: a Protocol is slow to tell
         sources = [open_source(config, source, seed, rows.start, rows.step) for source in config.sources]
         weights, buckets = [source.weight for source in config.sources], config.buckets
         by_source = [pools_of(config.name(number), source, buckets) for number, source in enumerate(sources)]
@@ -176,8 +177,8 @@ class _Batches(Positions[_Fetched]):
             number, reason = pool.number(index + ahead), None
             try:
                 record = to_record(self._task, pool.source.read(number))
-                if isinstance(self._collate, Selective):
-                    self._collate.check(record)
+                if self._check is not None:
+                    self._check(record)
                 return record
             except BadSample as bad:
                 reason = bad.reason

@@ -173,9 +173,9 @@ def _checked(data: bytes, at: int, size: int, path: str) -> bytes:
 def decode_members(key: str, members: dict[str, bytes]) -> dict[str, Any]:
     """One sample's bytes by extension -> raw sample, its images upright RGB; BadSample where one cannot be decoded."""
     try:
-        images = {name: to_rgb(decode_image(data)) for name, data in members.items() if name.rpartition(".")[2] in IMAGES}
         described = json.loads(members.get("json", b"{}"))
         text = members.get("txt", b"").decode()
+        images = {name: to_rgb(decode_image(data)) for name, data in members.items() if name.rpartition(".")[2] in IMAGES}
     except (json.JSONDecodeError, RecursionError) as error:
         raise BadSample("a json member cannot be parsed") from error
     except UnicodeDecodeError as error:

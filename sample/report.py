@@ -3,9 +3,8 @@
     python -m sample.report docs/results.md "What the shipped release draws" scores.json
 
 The page is written anew from its JSON files; each section names the command that made its file and the machine that ran it,
-when NAME.command.txt and NAME.machine.txt lie beside it; NAME.picture.txt names a picture to show, NAME.note.txt says how to
-read it. A folder of files becomes
-one table, a line for each.
+when NAME.command.txt and NAME.machine.txt lie beside it; NAME.note.txt says what follows from it, and NAME.picture.txt names
+a picture to show. A folder of files becomes one table, a line for each.
 """
 
 import sys
@@ -74,8 +73,8 @@ def comparison(folder: Path) -> str:
 
 
 def _command(path: Path) -> str:
-    """The command that made a file, the machine that it ran on, how to read it, and its picture's place beside the page,
-    where they are noted beside it."""
+    """The command that made a file, the machine that it ran on, what follows, and its picture's place beside the page, where
+    they are noted beside it."""
     written = {"command": "`{}`", "machine": "{}", "note": "{}", "picture": f"![{path.stem}]({{}})"}
     notes = ((form, path.with_suffix(f".{kind}.txt")) for kind, form in written.items())
     return "".join(f"{form.format(note.read_text().strip())}\n\n" for form, note in notes if note.is_file())

@@ -1,11 +1,18 @@
 """The benchmark counts what it says it counts."""
 
+import os
+from itertools import islice
+
 import pytest
 import torch
 
+from data.batch import LabelledCollate
+from data.loader import Data, Loader
+from data.shards import Shards
 from sample.measures import read_json
-from train import benchmark, plan, run, stand_in
+from train import benchmark, benchmark_loader, plan, run, stand_in
 from train.benchmark import main
+from train.benchmark_loader import Loading
 from train.cost import flop, kept_bytes
 
 SMALL = [
@@ -88,6 +95,52 @@ def test_the_order_costs_no_more_for_more_samples(tmp_path):
     assert measures["order.1e9.memory"].value < 1.1 * measures["order.1e3.memory"].value < 4e6
     with pytest.raises(ValueError, match="at least 1"):
         main(["order", "--samples", "0"])
+
+
+TINY = ["loader", "--samples", "20", "--shard-size", "10", "--batch-size", "5", "--short-side", "48", "--image-size", "32"]
+
+
+def test_our_loader_is_timed_beside_webdataset_and_bare_decoding(tmp_path):
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    main([*TINY, "--repeats", "1", "--json", str(tmp_path / "loader.json")])
+    assert (torch.get_num_threads(), os.sched_getaffinity(0)) == (threads, cores)
+    measures = read_json(tmp_path / "loader.json")
+    ratios = ("to_webdataset", "to_webdataset_with_our_map", "to_bare_decode", "with_bad")
+    assert all(measures[f"loader.ratio_{name}"].value > 0 for name in ratios)
+    rates = ("ours", "with_bad", "webdataset", "bare_decode", "decode.pillow", "decode.pillow_draft", "resize.torch")
+    assert all(measures[f"loader.{name}"].value > 0 for name in rates)
+    ours, theirs = (measures[f"loader.{name}"].value for name in ("ours", "webdataset"))
+    assert measures["loader.ratio_to_webdataset"].value == pytest.approx(ours / theirs)
+    with pytest.raises(ValueError, match="multiple of 10 and of the batch size"):
+        main([*TINY, "--samples", "24"])
+
+
+def test_webdataset_and_our_loader_make_the_same_pictures_and_labels(tmp_path):
+    args = Loading(samples=20, shard_size=10, batch_size=5, short_side=48, image_size=32)
+    jpegs = [benchmark_loader.photograph(number, args.short_side) for number in range(args.samples)]
+    benchmark_loader.pack(jpegs, tmp_path / "good", args.shard_size, None)
+    ours = {}
+    for batch in islice(benchmark_loader.loader(tmp_path / "good", args), 4):
+        ours |= dict(zip(batch.labels.tolist(), batch.pixels, strict=True))
+    assert len(ours) == 20
+    for decoder, prepare in (("pil", benchmark_loader.plain_pixels), (None, benchmark_loader.pixels)):
+        seen = []
+        for pixels, labels in islice(benchmark_loader.webdataset(tmp_path / "good", args, decoder, prepare), 4):
+            seen += labels.tolist()
+            off = torch.stack([ours[label] for label in labels.tolist()]) - pixels
+            assert off.abs().max() * 127.5 <= (2.001 if decoder else 0)  # levels
+        assert sorted(seen) == sorted(ours)
+
+
+def test_a_tenth_of_the_samples_is_bad_in_five_ways(tmp_path):
+    jpegs = [benchmark_loader.photograph(number, 16) for number in range(50)]
+    benchmark_loader.pack(jpegs, tmp_path / "bad", 25, 10)
+    data = Data((Shards(f"{tmp_path}/bad/*.tar"),), task="labelled", image_size=16, max_bad_share=1.0)
+    loader = Loader(data, LabelledCollate(16), 50)
+    labels = next(iter(loader)).labels.tolist()
+    assert sorted(labels) == sorted(number + (number % 10 == 0) for number in range(50))
+    counts = {reason: count for (_, reason), count in loader.rejects.items()}
+    assert counts == {"an image cannot be decoded": 3, "a json member cannot be parsed": 1, "no label": 1}
 
 
 def test_sizes_below_one_are_refused():

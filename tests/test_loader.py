@@ -205,7 +205,12 @@ def test_the_world_is_an_endless_source():
 
 @pytest.mark.parametrize(
     ("changes", "batch_size", "message"),
-    [({}, 0, "batch size per rank"), ({"workers": -1}, 2, "data.workers"), ({"sources": ()}, 2, "data.sources")],
+    [
+        ({}, 0, "batch size per rank"),
+        ({"workers": -1}, 2, "data.workers"),
+        ({"max_bad_share": 2}, 2, "data.max_bad_share"),
+        ({"sources": ()}, 2, "data.sources"),
+    ],
 )
 def test_impossible_settings_are_refused(changes, batch_size, message):
     with pytest.raises(ValueError, match=message):

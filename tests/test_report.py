@@ -13,12 +13,12 @@ def test_the_page_shows_every_measure_and_its_command(tmp_path):
     )
     (tmp_path / "draw.picture.txt").write_text("pictures/draw.png\n")
     (tmp_path / "draw.machine.txt").write_text("one CPU\n")
-    (tmp_path / "draw.note.txt").write_text("Read it so.\n")
+    (tmp_path / "draw.note.txt").write_text("Colours come first.\n")
     (tmp_path / "draw.command.txt").write_text("python -m sample.evaluate world\n")
     main([str(tmp_path / "page.md"), "Results", str(tmp_path / "draw.json")])
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("# Results\n")
-    assert "`python -m sample.evaluate world`\n\none CPU\n\nRead it so.\n\n![draw](pictures/draw.png)\n\n" in page
+    assert "`python -m sample.evaluate world`\n\none CPU\n\nColours come first.\n\n![draw](pictures/draw.png)\n\n" in page
     assert "| generation.colour | 95.0 % |" in page
     assert "| speed.step_ratio | 1.5 x | 1.4 to 1.6 | 7 |" in page
 

@@ -38,18 +38,48 @@ def test_to_pil_clamps():
     assert to_pil(torch.full((3, 1, 1), 7.0)).getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize(("width", "height", "size"), [(96, 64, 32), (64, 96, 40), (30, 20, 64), (64, 64, 64)])
+SIZES = [(96, 64, 32), (64, 96, 40), (30, 20, 64), (64, 64, 64), (65, 48, 48), (301, 200, 97), (90, 700, 256), (1, 50, 4)]
+
+
+def central_square(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+@pytest.mark.parametrize(("width", "height", "size"), SIZES)
 def test_resize_and_crop_equals_torch_on_the_central_square(width, height, size):
     image = picture(width, height)
-    scale = size / min(width, height)
-    pixels = to_tensor(image)[None]  # [1, 3, H, W]
-    whole = (round(height * scale), round(width * scale))
-    resized = F.interpolate(pixels, whole, mode="bicubic", antialias=True, align_corners=False)[0]
-    top, left = (resized.shape[1] - size) // 2, (resized.shape[2] - size) // 2
-    expected = resized[:, top : top + size, left : left + size].clamp(-1, 1)
+    square = to_tensor(central_square(image))[None]  # [1, 3, S, S]
+    expected = F.interpolate(square, (size, size), mode="bicubic", antialias=True, align_corners=False)[0].clamp(-1, 1)
     ours = to_tensor(resize_and_crop(image, size))
     assert ours.shape == (3, size, size)
     assert (ours - expected).abs().max() * 127.5 <= 2  # levels
+
+
+@pytest.mark.parametrize(("width", "height", "size"), SIZES)
+def test_a_jpeg_becomes_the_levels_that_plain_pillow_makes_of_it(width, height, size):
+    random = np.random.default_rng(0)
+    noisy = np.asarray(picture(width, height)) // 2 + random.integers(0, 128, (height, width, 3))
+    jpeg = encoded(Image.fromarray(noisy.astype(np.uint8)), "JPEG", quality=90)
+    plain = central_square(Image.open(io.BytesIO(jpeg))).resize((size, size), Image.Resampling.BICUBIC)
+    expected = torch.from_numpy(np.array(plain)).permute(2, 0, 1).int()
+    ours = resize_and_crop(decode_image(jpeg), size)
+    assert ours.dtype == torch.uint8
+    off = (ours.int() - expected).abs()
+    assert off.max() <= 2
+    assert off.float().mean() < 0.05
+    if size == min(width, height):
+        assert off.max() == 0
+
+
+def test_a_tensor_can_be_made_in_place():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16)
+    batch = torch.zeros(2, 3, 16, 16)
+    to_tensor(levels, batch[1])
+    assert torch.equal(batch[1], to_tensor(levels))
+    assert torch.equal(batch[1], levels.float() / 127.5 - 1)
+    assert not batch[0].any()
 
 
 def test_transparency_lies_over_white():
@@ -92,8 +122,8 @@ def test_damaged_exif_data_leaves_the_picture_as_it_is():
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"])
 def test_every_mode_becomes_rgb(mode):
-    rgb = resize_and_crop(Image.new(mode, (9, 7)), 4)
-    assert (rgb.mode, rgb.size) == ("RGB", (4, 4))
+    image = Image.new(mode, (9, 7))
+    assert (to_rgb(image).mode, resize_and_crop(image, 4).shape) == ("RGB", (3, 4, 4))
 
 
 def test_sixteen_bit_grey_keeps_its_brightness():

@@ -4,6 +4,7 @@
     python -m train.benchmark reading
     python -m train.benchmark repae
     python -m train.benchmark order
+    python -m train.benchmark loader
     python -m train.benchmark metaquery --config metaquery.xlarge_sana --device cuda --precision autocast --compile
 
 The plain path is the obvious way to train queries: as further rows of the token embeddings, which all get a gradient, and by
@@ -39,6 +40,7 @@ from model.metaquery import MetaQuery, blueprint
 from sample.cli import run
 from sample.measures import Measure, show, spread
 from train import stand_in
+from train.benchmark_loader import Loading, loading
 from train.benchmark_order import Ordering, ordering
 from train.benchmark_reading import Reading, reading
 from train.benchmark_repae import Repae, repae
@@ -79,7 +81,7 @@ class Metaquery:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark that the command line names."""
-    commands = {"metaquery": Metaquery, "reading": Reading, "repae": Repae, "order": Ordering}
+    commands = {"metaquery": Metaquery, "reading": Reading, "repae": Repae, "order": Ordering, "loader": Loading}
     args = tyro.extras.subcommand_cli_from_dict(commands, args=argv)
     if isinstance(args, Metaquery):
         metaquery(args)
@@ -87,6 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         reading(args)
     elif isinstance(args, Ordering):
         ordering(args)
+    elif isinstance(args, Loading):
+        loading(args)
     else:
         repae(args)
 
