@@ -75,6 +75,7 @@ def test_checkpoint_moves_to_one_rank(name, plain):
     path = results()[0] / name / f"step-{SAVED_AT:08d}"
     manifest = checkpoint.load(path, task.engines, ranks)
     assert (manifest.step, manifest.samples, manifest.world) == (SAVED_AT, SAVED_AT * BATCH, 2)
+    assert {f"main.weights.0000{rank}-of-00002.safetensors" for rank in (1, 2)} <= manifest.sha256.keys()
     steps = advance(task, SAVED_AT, STEPS)
     assert [step.loss for step in steps] == pytest.approx(plain[0][SAVED_AT:], rel=1e-5)
 

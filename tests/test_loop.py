@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from tests.toy import BATCH, STEPS, Toy
-from train import checkpoint
+from train import checkpoint, saving
 from train.engine import EngineConfig
 from train.guard import Diverged, GuardConfig
 from train.loop import Schedule, fit
@@ -108,14 +108,14 @@ def test_a_second_signal_ends_at_once_and_what_was_saved_is_whole(straight, tmp_
                 os.kill(os.getpid(), signal.SIGINT)
             return super().step(batch)
 
-    write, files = checkpoint._write, itertools.count()
+    write, files = saving._write, itertools.count()
 
     def interrupted(*given):
         if (tmp_path / "checkpoints" / "step-00000002").exists() and next(files) == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return write(*given)
 
-    monkeypatch.setattr(checkpoint, "_write", interrupted)
+    monkeypatch.setattr(saving, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, Signalled(start(60), CONFIG))
     assert [path.name for path in checkpoint.held(tmp_path / "checkpoints")] == ["step-00000002"]

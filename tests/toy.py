@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from train.checkpoint import Keep
 from train.ema import EmaConfig
 from train.engine import KINDS, Engine, EngineConfig, Step
 from train.optim import OptimConfig
-from train.ranks import Ranks
+from train.ranks import Ranks, start
+from train.saving import Saver
 from train.task import Task
 
 BATCH, STEPS = 8, 6
@@ -109,6 +111,11 @@ def advance(task: Toy, first: int, last: int) -> list[Step]:
         assert task.engine.last
         done.append(task.engine.last)
     return done
+
+
+def save(task: Task, root: Path, step: int, keep: Keep = Keep(1), ranks: Ranks | None = None) -> Path:
+    """A checkpoint of a task after `step` steps."""
+    return Saver(root, task.engines, {"seed": 0}, keep, ranks or start(60)).save(step, step * BATCH)
 
 
 def digest(engine: Engine) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from tests import tiny, tiny_repae
-from tests.toy import BATCH, CLIP_NORM, STEPS, Toy, advance, digest, rows
+from tests.toy import BATCH, CLIP_NORM, STEPS, Toy, advance, digest, rows, save
 from train import checkpoint, run
 from train.engine import KINDS, EngineConfig
 from train.ranks import Ranks, start
@@ -75,9 +75,7 @@ def case(ranks: Ranks, out: Path, zero: Stage, precision: Precision) -> dict[str
     config = EngineConfig(zero=zero, precision=precision, clip_norm=CLIP_NORM)
     task = Toy(ranks, config, accumulation=2)
     steps = advance(task, 0, SAVED_AT)
-    path = checkpoint.save(
-        out / f"{zero}-{precision}", SAVED_AT, SAVED_AT * BATCH, task.engines, {}, checkpoint.Keep(1), ranks
-    )
+    path = save(task, out / f"{zero}-{precision}", SAVED_AT)
     with task.engine.averaged() as module:
         averages = {name: p.detach().float().tolist() for name, p in module.named_parameters() if p.requires_grad}
         answer = module(rows(range(4))[0]).tolist()
@@ -90,9 +88,7 @@ def case(ranks: Ranks, out: Path, zero: Stage, precision: Precision) -> dict[str
     offload = replace(config, offload_optimizer=zero > 0)
     offloaded = Toy(ranks, offload, accumulation=2)
     offloaded_steps = advance(offloaded, 0, SAVED_AT)
-    held = checkpoint.save(
-        out / f"offloaded-{zero}-{precision}", SAVED_AT, SAVED_AT * BATCH, offloaded.engines, {}, checkpoint.Keep(1), ranks
-    )
+    held = save(offloaded, out / f"offloaded-{zero}-{precision}", SAVED_AT)
     offloaded_steps += advance(offloaded, SAVED_AT, STEPS)
     again = Toy(ranks, offload, accumulation=2)
     checkpoint.load(held, again.engines, ranks)

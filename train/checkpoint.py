@@ -1,14 +1,15 @@
 """The state of a run <-> a folder from which the run goes on bit for bit: all of it, or (after a crash) none.
 
     <out>/checkpoints/step-00000500/
-        main.weights.safetensors       float32 master weights by parameter name      one file per engine and kind:
-        main.exp_avg.safetensors       AdamW's first moments                         memory on rank 0 stays at 4 bytes
-        main.exp_avg_sq.safetensors    AdamW's second moments                        per trained parameter
+        main.weights.safetensors       float32 master weights by parameter name
+        main.exp_avg.safetensors       AdamW's first moments
+        main.exp_avg_sq.safetensors    AdamW's second moments
         main.average.safetensors       the moving average
         main.buffers.safetensors       buffers of the module, if it has any
         manifest.json                  step, samples, counters, resolved config, sha256 of each file
 
-Nothing in it depends on the number of ranks or the ZeRO stage. The folder must be visible to all ranks.
+Where several ranks write, a kind is in several files: main.weights.00001-of-00004.safetensors. Nothing in it depends on the
+number of ranks or the ZeRO stage. The folder must be visible to all ranks. train/saving.py writes it.
 """
 
 from __future__ import annotations
@@ -17,22 +18,20 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model.files import sha256_of, sync
 from train.engine import KINDS, Engine
 from train.ranks import Ranks
 
-FORMAT = 1
+FORMAT, READABLE = 2, (1, 2)  # 1 had each kind in one file
 T = TypeVar("T")
 
 
@@ -59,54 +58,19 @@ class Keep:
     every: int = 0
 
 
-def save(
-    root: Path,
-    step: int,
-    samples: int,
-    engines: Mapping[str, Engine],
-    config: dict[str, Any],
-    keep: Keep,
-    ranks: Ranks,
-    frozen: Mapping[str, str] = MappingProxyType({}),
-) -> Path:
-    """Write `root/step-<step>` whole, then drop those that are not to be kept. Every rank calls it.
-
-    Raises OSError on every rank when rank 0 cannot write.
-    """
-    final, partial = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
-    on_first(ranks, lambda: _empty(partial))
-    sha256: dict[str, str] = {}
-    for name, engine in engines.items():
-        for kind in KINDS:
-            tensors = {key: tensor for key, tensor in engine.tensors(kind) if ranks.first}
-            sha256 |= on_first(ranks, lambda n=name, k=kind, t=tensors: _write(partial / f"{n}.{k}.safetensors", t))
-        buffers = {key: tensor.cpu() for key, tensor in engine.buffers().items()}
-        if buffers:
-            sha256 |= on_first(ranks, lambda n=name, b=buffers: _write(partial / f"{n}.buffers.safetensors", b))
-    manifest = Manifest(
-        FORMAT,
-        step,
-        samples,
-        world=ranks.world,
-        zero=max(engine.config.zero for engine in engines.values()),
-        counters={name: engine.counters() for name, engine in engines.items()},
-        config=config,
-        sha256=sha256,
-        frozen=dict(frozen),
-    )
-
-    def publish() -> None:
-        _write_text(partial / "manifest.json", json.dumps(asdict(manifest), indent=2))
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        sync(root)
-        for old in held(root)[: -keep.last]:
-            if not keep.every or int(old.name.removeprefix("step-")) % keep.every:
-                shutil.rmtree(old)
-
-    on_first(ranks, publish)
-    return final
+def publish(partial: Path, final: Path, manifest: Manifest, keep: Keep) -> None:
+    """Give a folder that holds all files its manifest and its name, then drop what is not to be kept. Raises OSError when the
+    disk does not take it."""
+    text = partial / "manifest.json"
+    text.write_text(json.dumps(asdict(manifest), indent=2))
+    sync(text)
+    if final.exists():
+        _drop(final)
+    os.replace(partial, final)
+    sync(final.parent)
+    for old in held(final.parent)[: -keep.last]:
+        if not keep.every or _step_of(old) % keep.every:
+            _drop(old)
 
 
 def set_aside(root: Path, step: int, ranks: Ranks) -> None:
@@ -157,13 +121,25 @@ def _find(root: Path, resume: str, warn: Callable[[str], None]) -> Path | None:
 
 
 def verify(path: Path) -> Manifest:
-    """Read the manifest and compare every file with its hash. Raises ValueError naming the file that is wrong."""
+    """Read the manifest, compare every file with its hash, look at all numbers. Raises ValueError naming the file that is
+    wrong."""
     manifest = manifest_of(path)
     for name, expected in manifest.sha256.items():
         file = path / name
         if not file.is_file() or sha256_of(file) != expected:
             raise ValueError(f"{file} is {'damaged' if file.is_file() else 'missing'}")
+        with safe_open(file, framework="pt") as tensors:
+            check_finite(file, ((key, tensors.get_tensor(key)) for key in tensors.keys()))  # noqa: SIM118 (not a dict)
     return manifest
+
+
+def check_finite(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """ValueError when the trained state that `file` is to hold has a NaN or an infinity, from which no run goes on. Buffers
+    may have them."""
+    if file.name.split(".")[1] in KINDS:
+        for key, tensor in tensors:
+            if not tensor.isfinite().all():
+                raise ValueError(f"{file}: {key} is not finite")
 
 
 def manifest_of(path: Path) -> Manifest:
@@ -174,8 +150,8 @@ def manifest_of(path: Path) -> Manifest:
         raise ValueError(f"{path} is not a checkpoint: it has no manifest.json") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path / 'manifest.json'} is damaged") from error
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {content.get('format')}; this program reads {FORMAT}")
+    if content.get("format") not in READABLE:
+        raise ValueError(f"{path} has checkpoint format {content.get('format')}; this program reads up to {FORMAT}")
     return Manifest(**content)
 
 
@@ -199,15 +175,9 @@ def load(path: Path, engines: Mapping[str, Engine], ranks: Ranks) -> Manifest:
         raise ValueError(f"{path} trains {sorted(manifest.counters)}, this run trains {sorted(engines)}; choose another out")
     for name, engine in engines.items():
         with ExitStack() as stack:
-            try:
-                files = {
-                    kind: stack.enter_context(safe_open(path / f"{name}.{kind}.safetensors", framework="pt"))
-                    for kind in KINDS
-                }
-            except (SafetensorError, FileNotFoundError) as error:
-                raise ValueError(f"{path}: {error}") from error
+            files = {kind: _open(path, manifest, f"{name}.{kind}.", stack) for kind in KINDS}
             _compare(path, name, engine.shapes(), files["weights"])
-            engine.load(lambda kind, key, files=files: files[kind].get_tensor(key), manifest.counters[name])
+            engine.load(lambda kind, key, files=files: files[kind][key].get_tensor(key), manifest.counters[name])
         if f"{name}.buffers.safetensors" in manifest.sha256:
             with safe_open(path / f"{name}.buffers.safetensors", framework="pt") as file:
                 for key, buffer in engine.buffers().items():
@@ -224,9 +194,18 @@ def differences(old: Any, new: Any, at: str = "") -> list[str]:
     return [] if old == new else [f"{at}: {old} -> {new}"]
 
 
-def _compare(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]], file: Any) -> None:
+def _open(path: Path, manifest: Manifest, prefix: str, stack: ExitStack) -> dict[str, Any]:
+    """The open file that holds each parameter, by its name."""
+    try:
+        files = [stack.enter_context(safe_open(path / f, framework="pt")) for f in manifest.sha256 if f.startswith(prefix)]
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _compare(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, Any]) -> None:
     """The checkpoint must hold exactly the parameters that this run trains."""
-    held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    held = {key: tuple(file.get_slice(key).get_shape()) for key, file in files.items()}
     if held == shapes:
         return
     key = min(key for key in held.keys() | shapes.keys() if held.get(key) != shapes.get(key))
@@ -255,26 +234,20 @@ def held(root: Path) -> list[Path]:
     return sorted(root.glob("step-*"))
 
 
-def _empty(folder: Path) -> None:
+def empty(folder: Path) -> None:
     """`folder`, new and empty, and no leftovers of earlier crashes beside it."""
-    for leftover in folder.parent.glob(".step-*.partial"):
+    for leftover in folder.parent.glob(".step-*"):
         shutil.rmtree(leftover)
     folder.mkdir(parents=True)
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Write tensors durably; returns {file name: sha256}."""
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)  # safetensors writes 0600
-    sync(path)
-    return {path.name: sha256_of(path)}
+def _drop(path: Path) -> None:
+    """Remove a checkpoint: a crash meanwhile leaves nothing that has the name of one."""
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.dropped")))
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
-    sync(path)
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from train import checkpoint
 from train.guard import Diverged
 from train.metrics import Metrics, MetricsConfig, Window
 from train.ranks import Ranks, seed_step
+from train.saving import Saver
 from train.task import Task
 from train.watchdog import WatchConfig, Watchdog
 
@@ -85,6 +86,8 @@ def fit(
         log.console.print(f"{folder}: from step {step} to {schedule.steps}, sample {samples} on, {ranks.world} rank(s)")
         for line in changed:
             log.console.print(f"  changed since the checkpoint: {line}")
+        keep = checkpoint.Keep(schedule.keep, schedule.keep_every)
+        saver = Saver(folder / "checkpoints", task.engines, config, keep, ranks, frozen, watch.save_seconds)
         batches = task.batches(samples)
         clock = _Clock()
         window = Window()
@@ -101,9 +104,8 @@ def fit(
             else:
                 log.advance(step)
             if step % schedule.save_every == 0 or last or stop:
-                keep = checkpoint.Keep(schedule.keep, schedule.keep_every)
                 with limits.saving():
-                    path = checkpoint.save(folder / "checkpoints", step, samples, task.engines, config, keep, ranks, frozen)
+                    path = saver.save(step, samples)
                 log.event(step, "saved", path=str(path))
                 clock.restart()
             if last or (schedule.preview_every and step % schedule.preview_every == 0):
