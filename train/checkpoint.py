@@ -58,9 +58,8 @@ class Keep:
     every: int = 0
 
 
-def publish(partial: Path, final: Path, manifest: Manifest, keep: Keep) -> None:
-    """Give a folder that holds all files its manifest and its name, then drop what is not to be kept. Raises OSError when the
-    disk does not take it."""
+def publish(partial: Path, final: Path, manifest: Manifest) -> None:
+    """Give a folder that holds all files its manifest and its name. Raises OSError when the disk does not take it."""
     text = partial / "manifest.json"
     text.write_text(json.dumps(asdict(manifest), indent=2))
     sync(text)
@@ -68,7 +67,11 @@ def publish(partial: Path, final: Path, manifest: Manifest, keep: Keep) -> None:
         _drop(final)
     os.replace(partial, final)
     sync(final.parent)
-    for old in held(final.parent)[: -keep.last]:
+
+
+def prune(root: Path, keep: Keep) -> None:
+    """Drop the checkpoints that are not to be kept."""
+    for old in held(root)[: -keep.last]:
         if not keep.every or _step_of(old) % keep.every:
             _drop(old)
 
@@ -79,7 +82,7 @@ def set_aside(root: Path, step: int, ranks: Ranks) -> None:
 
     def move() -> None:
         for later in held(root):
-            if later.name > f"step-{step:08d}":
+            if later.name > path_of(root, step).name:
                 target = root / "set-aside" / later.name
                 target.parent.mkdir(exist_ok=True)
                 shutil.rmtree(target, ignore_errors=True)
@@ -227,6 +230,11 @@ def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def path_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return root / f"step-{step:08d}"
 
 
 def held(root: Path) -> list[Path]:
