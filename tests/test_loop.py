@@ -183,6 +183,39 @@ def test_bad_steps_in_a_row_stop_the_run(tmp_path):
     assert task.engine.steps == 4
 
 
+class Measured(Toy):
+    """Whose previews measure one thing: 0.3, 0.9 and so on at its steps."""
+
+    at = (0.3, 0.9, 0.9, 0.5, float("nan"), 0.4)
+
+    def measures(self):
+        return {"score"}
+
+    def preview(self, folder, step):
+        return {"score": self.at[step - 1]}
+
+
+@pytest.mark.parametrize(("best_is", "kept"), [("highest", "256"), ("lowest", "156")])
+def test_the_best_is_kept_beside_the_last(best_is, kept, straight, tmp_path):
+    """The earliest of equals; also by a run that was interrupted after it."""
+    choice: dict[str, Any] = {"save_every": 1, "preview_every": 1, "keep_best": "score", "best_is": best_is}
+    train(tmp_path, Measured(start(60), CONFIG), steps=4, **choice)
+    assert train(tmp_path, Measured(start(60), CONFIG), **choice)
+    assert "".join(path.name[-1] for path in checkpoint.held(tmp_path / "checkpoints")) == kept
+    assert state(tmp_path) == state(straight)
+
+
+def test_a_measure_that_never_comes_is_named(tmp_path):
+    choice: dict[str, Any] = {"save_every": 1, "preview_every": 2}
+    with pytest.raises(ValueError, match="keep_best is skore, and this run's previews measure score; name one of it"):
+        train(tmp_path, Measured(start(60), CONFIG), keep_best="skore", **choice)
+    with pytest.raises(ValueError, match="keep_best is score, and this run's previews measure nothing"):
+        train(tmp_path, keep_best="score", **choice)
+    with pytest.raises(ValueError, match=r"preview_every is 0; give a multiple of save_every \(2\)"):
+        Schedule(save_every=2, keep_best="score")
+    assert not list(tmp_path.iterdir())
+
+
 class FullDisk(Toy):
     """No file can grow beyond 700 bytes from the second batch until before batch `room`."""
 

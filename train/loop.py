@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from errno import ENOLCK, ENOSYS, EOPNOTSUPP
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -40,6 +40,9 @@ class Schedule:
     """Checkpoints kept; older ones are deleted once a newer one is whole."""
     keep_every: int = 0
     """Those of every so many steps are kept for good; 0: none is."""
+    keep_best: str | None = None
+    """The name of a measure of the previews, like understanding.all: the checkpoint where it is best is kept as well."""
+    best_is: Literal["highest", "lowest"] = "highest"
     save_in_background: bool = True
     """Train on while checkpoints are written, from a copy of the state in the hosts' memory where that holds it: 16 bytes of
     each trained parameter, spread over the ranks."""
@@ -55,6 +58,11 @@ class Schedule:
         if self.keep_every < 0 or self.keep_every % self.save_every:
             raise ValueError(
                 f"schedule.keep_every is {self.keep_every}; give 0 (none) or a multiple of save_every ({self.save_every})"
+            )
+        if self.keep_best and (self.preview_every == 0 or self.preview_every % self.save_every):
+            raise ValueError(
+                f"schedule.keep_best needs previews of what is saved, and schedule.preview_every is {self.preview_every}; "
+                f"give a multiple of save_every ({self.save_every})"
             )
 
 
@@ -76,9 +84,15 @@ def fit(
     too many steps in a row were refused, and OSError when the state at the end cannot be saved; any other save that fails is
     only told. A part that takes longer than `watch` allows ends the process.
     """
+    if schedule.keep_best and schedule.keep_best not in task.measures():
+        known = ", ".join(sorted(task.measures())) or "nothing"
+        raise ValueError(
+            f"schedule.keep_best is {schedule.keep_best}, and this run's previews measure {known}; name one of it"
+        )
     frozen = task.frozen() if ranks.first else {}
     step, samples, changed = _resume(task, folder, resume, config, frozen, ranks)
-    root, keep = folder / "checkpoints", checkpoint.Keep(schedule.keep, schedule.keep_every)
+    root = folder / "checkpoints"
+    keep = checkpoint.Keep(schedule.keep, schedule.keep_every, schedule.keep_best, lowest=schedule.best_is == "lowest")
     with (
         _held(folder, ranks),
         Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps, settings=config) as log,
@@ -116,6 +130,8 @@ def fit(
             if last or (schedule.preview_every and step % schedule.preview_every == 0):
                 if measured := task.preview(folder / "previews", step):
                     log.event(step, "preview", **measured)
+                    with dog.limit("save"):
+                        saver.note(step, measured)
                 clock.restart()
             if stop and not last:
                 with dog.limit("save"):

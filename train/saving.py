@@ -119,6 +119,18 @@ class Saver:
             assert self._save is not None
             raise OSError(f"step {self._save.step} is not saved ({problem}); make room, and the same command goes on")
 
+    def note(self, step: int, measures: Mapping[str, float]) -> None:
+        """Rank 0 has measured the state of `step`: lay that beside its checkpoint, if there is one, and keep the best."""
+        self._join()
+        path = checkpoint.path_of(self.root, step)
+        if not path.is_dir():
+            return
+        try:
+            checkpoint.note(path, measures)
+            checkpoint.prune(self.root, self.keep)
+        except OSError as error:
+            self.tell(step, "measures not noted", reason=sentence(error))
+
     def report(self) -> None:
         """Tell how the last save ended, if that is news."""
         save = self._save
