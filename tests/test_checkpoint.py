@@ -1,18 +1,23 @@
 """A checkpoint is whole or absent: damage is found, a failed save costs nothing, and what does not fit is named."""
 
+import json
 import shutil
 import stat
 
 import pytest
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.toy import BATCH, Toy, advance, digest
-from train import checkpoint
-from train.engine import Engine, EngineConfig
+from model.files import sha256_of
+from tests.toy import BATCH, Toy, advance, digest, save
+from train import checkpoint, saving
+from train.checkpoint import Keep
+from train.engine import KINDS, Engine, EngineConfig
 from train.optim import OptimConfig
 from train.ranks import start
 
 CONFIG = EngineConfig(zero=1, precision="fp32")
+KEEP = Keep(2)
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +32,8 @@ def task():
 def root(task, tmp_path):
     """Two checkpoints of it."""
     for step in (1, 2):
-        save(task, tmp_path, step)
+        save(task, tmp_path, step, KEEP)
     return tmp_path
-
-
-def save(task, root, step: int, keep: int = 2, every: int = 0):
-    kept = checkpoint.Keep(keep, every)
-    return checkpoint.save(root, step, step * BATCH, task.engines, {"seed": 0}, kept, start(60))
 
 
 def find(root, resume="auto"):
@@ -50,14 +50,14 @@ def test_everything_comes_back(task, root):
 
 
 def test_files_are_readable_by_others_and_old_ones_go(task, root):
-    save(task, root, 3)
+    save(task, root, 3, KEEP)
     assert [path.name for path in sorted(root.iterdir())] == ["step-00000002", "step-00000003"]
     assert all(stat.S_IMODE(path.stat().st_mode) & 0o044 for path in (root / "step-00000003").iterdir())
 
 
 def test_those_of_every_so_many_steps_stay(task, tmp_path):
     for step in range(1, 8):
-        save(task, tmp_path, step, keep=2, every=3)
+        save(task, tmp_path, step, Keep(2, every=3))
     assert [path.name[-1] for path in checkpoint.held(tmp_path)] == ["3", "6", "7"]
 
 
@@ -81,9 +81,35 @@ def test_damage_is_found_and_the_one_before_is_taken(root, damage):
         find(root, str(newest))
 
 
+def poisoned(value: float) -> Toy:
+    """A task that has such a number in its averages."""
+    toy = Toy(start(60), CONFIG)
+    state = {kind: dict(toy.engine.tensors(kind)) for kind in KINDS}
+    state["average"]["head.0.bias"][3] = value
+    toy.engine.load(lambda kind, key: state[kind][key], toy.engine.counters())
+    return toy
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_neither_written_nor_read(value, task, root):
+    with pytest.raises(OSError, match=r"main.average.safetensors: head.0.bias is not finite"):
+        save(poisoned(value), root, 3, KEEP)
+    assert [path.name for path in sorted(root.iterdir())] == ["step-00000001", "step-00000002"]
+    newest = root / "step-00000002"
+    tensors = load_file(newest / "main.average.safetensors")
+    tensors["head.0.bias"][3] = value
+    save_file(tensors, newest / "main.average.safetensors")
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["sha256"]["main.average.safetensors"] = sha256_of(newest / "main.average.safetensors")
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    found, told = find(root)
+    assert found == root / "step-00000001"
+    assert "main.average.safetensors: head.0.bias is not finite; trying the one before it" in told[0]
+
+
 def test_a_failed_save_costs_nothing(task, root, monkeypatch):
     """Fail at every point where the disk is asked for something, one after the other."""
-    usual, calls, fail_at = checkpoint.sync, 0, 1
+    usual, calls, fail_at = saving.sync, 0, 1
 
     def sometimes(path):
         nonlocal calls
@@ -92,12 +118,13 @@ def test_a_failed_save_costs_nothing(task, root, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         usual(path)
 
-    monkeypatch.setattr(checkpoint, "sync", sometimes)
+    for module in (saving, checkpoint):
+        monkeypatch.setattr(module, "sync", sometimes)
     before = task.engine.steps
     while True:
         calls = 0
         try:
-            save(task, root, 3)
+            save(task, root, 3, KEEP)
         except OSError:
             newest, told = find(root)
             assert newest is not None

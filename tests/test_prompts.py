@@ -10,6 +10,7 @@ from model import store
 from sample.pipeline import Pipeline
 from tests.test_repae import FP32, assert_alike
 from tests.tiny_repae import BATCH, STEPS, advance, build, in_plain_torch, prompted_run, weights
+from tests.toy import save
 from tests.two_ranks import PROMPTED, results
 from train import checkpoint
 from train.ranks import start
@@ -49,7 +50,7 @@ def test_resumed_equals_straight_bit_for_bit(folder, tmp_path):
     straight, stopped, resumed = (build(run, ranks) for _ in range(3))
     advance(straight, run)
     advance(stopped, run, 0, 2)
-    path = checkpoint.save(tmp_path, 2, 2 * BATCH, stopped.engines, {}, checkpoint.Keep(1), ranks)
+    path = save(stopped, tmp_path, 2)
     checkpoint.load(path, resumed.engines, ranks)
     advance(resumed, run, 2, STEPS)
     expected, found = weights(straight), weights(resumed)

@@ -23,6 +23,7 @@ from sample.decoder_scores import score
 from sample.labelled import load_decoder
 from tests import tiny
 from tests.tiny_repae import BATCH, CLIP_NORM, LOSSES, STEPS, advance, build, in_plain_torch, repae_run, weights
+from tests.toy import save
 from tests.two_ranks import REPAE, results
 from train import checkpoint
 from train.engine import EngineConfig
@@ -242,7 +243,7 @@ def test_resumed_equals_straight_bit_for_bit(folder, tmp_path):
     run, ranks = repae_run(folder, replace(FP32, precision="autocast")), start(60)
     straight = build(run, ranks)
     advance(straight, run, 0, 2)
-    path = checkpoint.save(tmp_path, 2, 2 * BATCH, straight.engines, {}, checkpoint.Keep(1), ranks)
+    path = save(straight, tmp_path, 2)
     advance(straight, run, 2, STEPS)
     resumed = build(run, ranks)
     checkpoint.load(path, resumed.engines, ranks)

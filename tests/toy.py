@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from train.checkpoint import Keep, path_of
 from train.ema import EmaConfig
 from train.engine import KINDS, Engine, EngineConfig, Step
 from train.optim import OptimConfig
-from train.ranks import Ranks
+from train.ranks import Ranks, start
+from train.saving import Saver
 from train.task import Task
 
 BATCH, STEPS = 8, 6
@@ -109,6 +111,14 @@ def advance(task: Toy, first: int, last: int) -> list[Step]:
         assert task.engine.last
         done.append(task.engine.last)
     return done
+
+
+def save(task: Task, root: Path, step: int, keep: Keep = Keep(1), ranks: Ranks | None = None) -> Path:
+    """A checkpoint of a task after `step` steps. Raises OSError when it cannot be written."""
+    saver = Saver(root, task.engines, {"seed": 0}, keep, ranks or start(60))
+    saver.begin(step, step * BATCH)
+    saver.finish()
+    return path_of(root, step)
 
 
 def digest(engine: Engine) -> str:

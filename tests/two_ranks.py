@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,12 @@ from typing import Any, Literal
 import torch
 
 from tests import tiny, tiny_repae
-from tests.toy import BATCH, CLIP_NORM, STEPS, Toy, advance, digest, rows
+from tests.toy import BATCH, CLIP_NORM, STEPS, Toy, advance, digest, rows, save
 from train import checkpoint, run
 from train.engine import KINDS, EngineConfig
+from train.guard import GuardConfig
+from train.loop import Schedule, fit
+from train.metrics import MetricsConfig
 from train.ranks import Ranks, start
 
 ROOT = Path(__file__).parent.parent
@@ -75,9 +79,7 @@ def case(ranks: Ranks, out: Path, zero: Stage, precision: Precision) -> dict[str
     config = EngineConfig(zero=zero, precision=precision, clip_norm=CLIP_NORM)
     task = Toy(ranks, config, accumulation=2)
     steps = advance(task, 0, SAVED_AT)
-    path = checkpoint.save(
-        out / f"{zero}-{precision}", SAVED_AT, SAVED_AT * BATCH, task.engines, {}, checkpoint.Keep(1), ranks
-    )
+    path = save(task, out / f"{zero}-{precision}", SAVED_AT)
     with task.engine.averaged() as module:
         averages = {name: p.detach().float().tolist() for name, p in module.named_parameters() if p.requires_grad}
         answer = module(rows(range(4))[0]).tolist()
@@ -90,9 +92,7 @@ def case(ranks: Ranks, out: Path, zero: Stage, precision: Precision) -> dict[str
     offload = replace(config, offload_optimizer=zero > 0)
     offloaded = Toy(ranks, offload, accumulation=2)
     offloaded_steps = advance(offloaded, 0, SAVED_AT)
-    held = checkpoint.save(
-        out / f"offloaded-{zero}-{precision}", SAVED_AT, SAVED_AT * BATCH, offloaded.engines, {}, checkpoint.Keep(1), ranks
-    )
+    held = save(offloaded, out / f"offloaded-{zero}-{precision}", SAVED_AT)
     offloaded_steps += advance(offloaded, SAVED_AT, STEPS)
     again = Toy(ranks, offload, accumulation=2)
     checkpoint.load(held, again.engines, ranks)
@@ -125,6 +125,23 @@ def case(ranks: Ranks, out: Path, zero: Stage, precision: Precision) -> dict[str
     }
 
 
+def diverging(ranks: Ranks, out: Path) -> dict[str, Any]:
+    """A whole run that saves in the background and meets two batches with a NaN on rank 1 alone; then what a checkpoint says
+    that rank 1 does not see."""
+    guard = GuardConfig(stop_after=2, rollbacks=1)
+    config = EngineConfig(zero=2, precision="fp32", guard=guard)
+    task = Toy(ranks, config, poison=frozenset({2 * BATCH + 1, 3 * BATCH + 1}))
+    schedule = Schedule(steps=STEPS, batch_size=BATCH, log_every=1, save_every=2)
+    fit(task, schedule, seed=0, folder=out, config={}, resume="auto", metrics=MetricsConfig(), ranks=ranks)
+    path = checkpoint.path_of(out / "checkpoints", STEPS)
+    began, problem = time.monotonic(), ""
+    try:
+        checkpoint.load(path if ranks.first else out / "elsewhere", task.engines, ranks)
+    except ValueError as error:
+        problem = str(error)
+    return {"digest": digest(task.engine), "problem": problem, "seconds": time.monotonic() - began}
+
+
 def repae(ranks: Ranks, out: Path, name: str) -> dict[str, Any]:
     """REPA-E's three engines; rank 0 leaves their weights in OUT/NAME.pt."""
     kind, zero, accumulation = name.split("-")[0], *(int(part) for part in name.split("-")[1:])
@@ -144,6 +161,7 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     ranks = start(timeout_seconds=300)
     seen = {f"{zero}-{precision}": case(ranks, out, zero, precision) for zero, precision in CASES}
+    seen["diverging"] = diverging(ranks, out / "diverging")
     seen |= {name: repae(ranks, out, name) for name in (*REPAE, PROMPTED)}
     for zero in ZERO_STAGES:
         run.main(tiny_run(out, out / f"tiny-{zero}", "--engine.zero", str(zero)))

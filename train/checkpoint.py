@@ -1,14 +1,16 @@
 """The state of a run <-> a folder from which the run goes on bit for bit: all of it, or (after a crash) none.
 
     <out>/checkpoints/step-00000500/
-        main.weights.safetensors       float32 master weights by parameter name      one file per engine and kind:
-        main.exp_avg.safetensors       AdamW's first moments                         memory on rank 0 stays at 4 bytes
-        main.exp_avg_sq.safetensors    AdamW's second moments                        per trained parameter
+        main.weights.safetensors       float32 master weights by parameter name
+        main.exp_avg.safetensors       AdamW's first moments
+        main.exp_avg_sq.safetensors    AdamW's second moments
         main.average.safetensors       the moving average
         main.buffers.safetensors       buffers of the module, if it has any
         manifest.json                  step, samples, counters, resolved config, sha256 of each file
+        measures.json                  what a preview measured then, if it did
 
-Nothing in it depends on the number of ranks or the ZeRO stage. The folder must be visible to all ranks.
+Where several ranks write, a kind is in several files: main.weights.00001-of-00004.safetensors. Nothing in it depends on the
+number of ranks or the ZeRO stage. The folder must be visible to all ranks. train/saving.py writes it.
 """
 
 from __future__ import annotations
@@ -17,22 +19,21 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from math import isfinite, nan
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from model.files import sha256_of, sync
+from model.files import read_json, sha256_of, sync, write_json, write_whole
 from train.engine import KINDS, Engine
 from train.ranks import Ranks
 
-FORMAT = 1
+FORMAT, READABLE = 2, (1, 2)  # 1 had each kind in one file
 T = TypeVar("T")
 
 
@@ -49,64 +50,53 @@ class Manifest:
     config: dict[str, Any]
     sha256: dict[str, str]  # by file name
     frozen: dict[str, str] = field(default_factory=dict)  # sha256 of what the run reads and does not train, by part
+    skipped: list[tuple[int, int]] = field(default_factory=list)  # first and last sample of each window rolled back over
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the `last` so many, and those of `every` so many steps (0: no others)."""
+    """Which checkpoints stay: the `last` so many, those of `every` so many steps (0: no others), and the one whose measure
+    `best` is the highest (or lowest)."""
 
     last: int
     every: int = 0
+    best: str | None = None
+    lowest: bool = False
 
 
-def save(
-    root: Path,
-    step: int,
-    samples: int,
-    engines: Mapping[str, Engine],
-    config: dict[str, Any],
-    keep: Keep,
-    ranks: Ranks,
-    frozen: Mapping[str, str] = MappingProxyType({}),
-) -> Path:
-    """Write `root/step-<step>` whole, then drop those that are not to be kept. Every rank calls it.
+def publish(partial: Path, final: Path, manifest: Manifest) -> None:
+    """Give a folder that holds all files its manifest and its name. Raises OSError when the disk does not take it."""
+    _write_manifest(partial / "manifest.json", manifest)
+    if final.exists():
+        _drop(final)
+    os.replace(partial, final)
+    sync(final.parent)
 
-    Raises OSError on every rank when rank 0 cannot write.
-    """
-    final, partial = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
-    on_first(ranks, lambda: _empty(partial))
-    sha256: dict[str, str] = {}
-    for name, engine in engines.items():
-        for kind in KINDS:
-            tensors = {key: tensor for key, tensor in engine.tensors(kind) if ranks.first}
-            sha256 |= on_first(ranks, lambda n=name, k=kind, t=tensors: _write(partial / f"{n}.{k}.safetensors", t))
-        buffers = {key: tensor.cpu() for key, tensor in engine.buffers().items()}
-        if buffers:
-            sha256 |= on_first(ranks, lambda n=name, b=buffers: _write(partial / f"{n}.buffers.safetensors", b))
-    manifest = Manifest(
-        FORMAT,
-        step,
-        samples,
-        world=ranks.world,
-        zero=max(engine.config.zero for engine in engines.values()),
-        counters={name: engine.counters() for name, engine in engines.items()},
-        config=config,
-        sha256=sha256,
-        frozen=dict(frozen),
-    )
 
-    def publish() -> None:
-        _write_text(partial / "manifest.json", json.dumps(asdict(manifest), indent=2))
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        sync(root)
-        for old in held(root)[: -keep.last]:
-            if not keep.every or int(old.name.removeprefix("step-")) % keep.every:
-                shutil.rmtree(old)
+def rewrite(path: Path, manifest: Manifest) -> None:
+    """Let a checkpoint say something else about itself; a crash leaves the one or the other."""
+    write_whole(path / "manifest.json", lambda draft: _write_manifest(draft, manifest))
+    sync(path)
 
-    on_first(ranks, publish)
-    return final
+
+def prune(root: Path, keep: Keep) -> None:
+    """Drop the checkpoints that are not to be kept."""
+    best = best_of(root, keep)
+    for old in held(root)[: -keep.last]:
+        if old != best and (not keep.every or _step_of(old) % keep.every):
+            _drop(old)
+
+
+def note(path: Path, measures: Mapping[str, float]) -> None:
+    """Put what was measured at a checkpoint beside its files; no part of the state."""
+    write_whole(path / "measures.json", lambda draft: write_json(draft, dict(measures)))
+
+
+def best_of(root: Path, keep: Keep) -> Path | None:
+    """The earliest checkpoint with the best of what `keep` compares; None where that was not measured."""
+    noted = {path: read_json(path / "measures.json") for path in held(root) if (path / "measures.json").is_file()}
+    values = {path: measures[keep.best] for path, measures in noted.items() if isfinite(measures.get(keep.best, nan))}
+    return (min if keep.lowest else max)(values, key=values.__getitem__, default=None)
 
 
 def set_aside(root: Path, step: int, ranks: Ranks) -> None:
@@ -115,7 +105,7 @@ def set_aside(root: Path, step: int, ranks: Ranks) -> None:
 
     def move() -> None:
         for later in held(root):
-            if later.name > f"step-{step:08d}":
+            if later.name > path_of(root, step).name:
                 target = root / "set-aside" / later.name
                 target.parent.mkdir(exist_ok=True)
                 shutil.rmtree(target, ignore_errors=True)
@@ -157,13 +147,25 @@ def _find(root: Path, resume: str, warn: Callable[[str], None]) -> Path | None:
 
 
 def verify(path: Path) -> Manifest:
-    """Read the manifest and compare every file with its hash. Raises ValueError naming the file that is wrong."""
+    """Read the manifest, compare every file with its hash, look at all numbers. Raises ValueError naming the file that is
+    wrong."""
     manifest = manifest_of(path)
     for name, expected in manifest.sha256.items():
         file = path / name
         if not file.is_file() or sha256_of(file) != expected:
             raise ValueError(f"{file} is {'damaged' if file.is_file() else 'missing'}")
+        with safe_open(file, framework="pt") as tensors:
+            check_finite(file, ((key, tensors.get_tensor(key)) for key in tensors.keys()))  # noqa: SIM118 (not a dict)
     return manifest
+
+
+def check_finite(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """ValueError when the trained state that `file` is to hold has a NaN or an infinity, from which no run goes on. Buffers
+    may have them."""
+    if file.name.split(".")[1] in KINDS:
+        for key, tensor in tensors:
+            if not tensor.isfinite().all():
+                raise ValueError(f"{file}: {key} is not finite")
 
 
 def manifest_of(path: Path) -> Manifest:
@@ -174,8 +176,9 @@ def manifest_of(path: Path) -> Manifest:
         raise ValueError(f"{path} is not a checkpoint: it has no manifest.json") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path / 'manifest.json'} is damaged") from error
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {content.get('format')}; this program reads {FORMAT}")
+    if content.get("format") not in READABLE:
+        raise ValueError(f"{path} has checkpoint format {content.get('format')}; this program reads up to {FORMAT}")
+    content["skipped"] = [(first, last) for first, last in content.get("skipped", ())]
     return Manifest(**content)
 
 
@@ -192,27 +195,24 @@ def check_frozen(path: Path, manifest: Manifest, frozen: Mapping[str, str]) -> N
 def load(path: Path, engines: Mapping[str, Engine], ranks: Ranks) -> Manifest:
     """Fill the engines from a checkpoint that `find` returned. Every rank calls it.
 
-    Raises ValueError when the checkpoint is of other modules.
+    Raises ValueError, on every rank, when the checkpoint is of other modules or one rank does not see it.
     """
+    return on_all(ranks, lambda: _load(path, engines))
+
+
+def _load(path: Path, engines: Mapping[str, Engine]) -> Manifest:
     manifest = manifest_of(path)
     if set(manifest.counters) != set(engines):
         raise ValueError(f"{path} trains {sorted(manifest.counters)}, this run trains {sorted(engines)}; choose another out")
     for name, engine in engines.items():
         with ExitStack() as stack:
-            try:
-                files = {
-                    kind: stack.enter_context(safe_open(path / f"{name}.{kind}.safetensors", framework="pt"))
-                    for kind in KINDS
-                }
-            except (SafetensorError, FileNotFoundError) as error:
-                raise ValueError(f"{path}: {error}") from error
+            files = {kind: _open(path, manifest, f"{name}.{kind}.", stack) for kind in KINDS}
             _compare(path, name, engine.shapes(), files["weights"])
-            engine.load(lambda kind, key, files=files: files[kind].get_tensor(key), manifest.counters[name])
+            engine.load(lambda kind, key, files=files: files[kind][key].get_tensor(key), manifest.counters[name])
         if f"{name}.buffers.safetensors" in manifest.sha256:
             with safe_open(path / f"{name}.buffers.safetensors", framework="pt") as file:
                 for key, buffer in engine.buffers().items():
                     buffer.copy_(file.get_tensor(key))
-    ranks.barrier()
     return manifest
 
 
@@ -224,9 +224,18 @@ def differences(old: Any, new: Any, at: str = "") -> list[str]:
     return [] if old == new else [f"{at}: {old} -> {new}"]
 
 
-def _compare(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]], file: Any) -> None:
+def _open(path: Path, manifest: Manifest, prefix: str, stack: ExitStack) -> dict[str, Any]:
+    """The open file that holds each parameter, by its name."""
+    try:
+        files = [stack.enter_context(safe_open(path / f, framework="pt")) for f in manifest.sha256 if f.startswith(prefix)]
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _compare(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, Any]) -> None:
     """The checkpoint must hold exactly the parameters that this run trains."""
-    held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    held = {key: tuple(file.get_slice(key).get_shape()) for key, file in files.items()}
     if held == shapes:
         return
     key = min(key for key in held.keys() | shapes.keys() if held.get(key) != shapes.get(key))
@@ -250,31 +259,49 @@ def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
     return result
 
 
+def on_all(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What `work`, which takes no other rank, gives on each; what it raises for the user on one is raised on every rank."""
+    result, error = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as caught:
+        error = caught
+    errors = [each for each in ranks.gather(error) if each is not None]
+    if errors:
+        raise errors[0]
+    assert result is not None
+    return result
+
+
+def path_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return root / f"step-{step:08d}"
+
+
 def held(root: Path) -> list[Path]:
     """Checkpoints under `root`, oldest first; a partial folder has another name."""
     return sorted(root.glob("step-*"))
 
 
-def _empty(folder: Path) -> None:
+def empty(folder: Path) -> None:
     """`folder`, new and empty, and no leftovers of earlier crashes beside it."""
-    for leftover in folder.parent.glob(".step-*.partial"):
+    for leftover in folder.parent.glob(".step-*"):
         shutil.rmtree(leftover)
     folder.mkdir(parents=True)
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Write tensors durably; returns {file name: sha256}."""
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)  # safetensors writes 0600
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    path.write_text(json.dumps(asdict(manifest), indent=2))
     sync(path)
-    return {path.name: sha256_of(path)}
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
-    sync(path)
+def _drop(path: Path) -> None:
+    """Remove a checkpoint: a crash meanwhile leaves nothing that has the name of one."""
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.dropped")))
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 if __name__ == "__main__":

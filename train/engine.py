@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -251,10 +251,13 @@ class Engine:
                     tensor.data = data
                 self.module.train(mode)
 
-    def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, float32 CPU tensor) of one of KINDS for every trained parameter; all ranks iterate together."""
+    def tensors(self, kind: str, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, float32 CPU copy) of one of KINDS, for every trained parameter or those that this rank wants; all ranks
+        iterate together, to the end."""
         for name, p in self._shards.trained:
-            yield name, self._shards.gather(p, kind).float().cpu()
+            whole = self._shards.gather(p, kind)
+            if wanted is None or name in wanted:
+                yield name, whole.to("cpu", torch.float32, copy=True)
 
     def load(self, read: Callable[[str, str], Tensor], counters: Mapping[str, Any]) -> None:
         """Take over the state that `read(kind, name)` and the counters give, whatever ranks and stage wrote it."""
