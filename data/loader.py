@@ -5,6 +5,7 @@ from the r-th on. data/order.py says where each number comes from, so the same n
 any number of ranks and workers, and a resumed run neither repeats nor loses a sample.
 """
 
+import hashlib
 import itertools
 import logging
 import signal
@@ -111,8 +112,16 @@ class _Batches(Positions[_Fetched]):
         self._sources = [open_source(source, config.task, config.image_size) for source in config.sources]
         weights = [source.weight for source in config.sources]
         self._order = Order([len(source) for source in self._sources], weights, seed)
+        self._identity = (seed, weights)
         self._task: Task = config.task
         self._collate = collate
+
+    def fingerprint(self) -> str:
+        """sha256 of the sources, their shares and the seed."""
+        sha = hashlib.sha256(repr(self._identity).encode())
+        for source in self._sources:
+            sha.update(source.fingerprint().encode())
+        return sha.hexdigest()
 
     def __getitem__(self, position: int) -> _Fetched:
         samples = self.numbers(position)
@@ -160,6 +169,10 @@ class Loader:
         self._read = 0  # samples this rank has handed out since it started
         self._global_batch = batch_size_per_rank * world_size
         self._batches = _Batches(config, collate, range(rank, self._global_batch, world_size), seed)
+
+    def fingerprint(self) -> str:
+        """sha256 of what decides which sample a number stands for: every source, its share and the seed."""
+        return self._batches.fingerprint()
 
     def __iter__(self) -> Iterator[Any]:
         """Batches from `samples` on. `samples` moves when a batch is handed out, however far the workers have read ahead."""

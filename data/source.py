@@ -28,6 +28,10 @@ class Source(Protocol):
         """Sample number `index`; may raise BadSample."""
         ...
 
+    def fingerprint(self) -> str:
+        """What changes when a number comes to stand for another sample."""
+        ...
+
 
 class WorldSource:
     """The generated world, endless: the samples that `python -m data.world shards` would write, made when asked for."""
@@ -38,6 +42,10 @@ class WorldSource:
 
     def __len__(self) -> int:
         return 0
+
+    def fingerprint(self) -> str:
+        """Its settings."""
+        return repr((self.seed, self.split, self.task, self.size))
 
     def read(self, index: int) -> dict[str, Any]:
         """A picture of `size` pixels with a caption and its scene, a conversation, or an edit, as the task needs."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import signal
 import time
 from collections.abc import Iterator
@@ -66,14 +68,15 @@ def fit(
     metrics: MetricsConfig,
     ranks: Ranks,
     watch: WatchConfig = WatchConfig(),
+    allow_change: bool = False,
 ) -> bool:
     """Train to the last step from wherever `folder` stands; every rank calls it.
 
     `config` is stored in checkpoints. False when a signal stopped the run early, after saving. Raises `Diverged` when
     too many steps in a row were refused. A part that takes longer than `watch` allows ends the process.
     """
-    frozen = task.frozen() if ranks.first else {}
-    step, samples, changed = _resume(task, folder, resume, config, frozen, ranks)
+    frozen = {**task.frozen(), **task.reads()} if ranks.first else {}
+    step, samples, changed = _resume(task, folder, resume, config, frozen, allow_change, ranks)
     with (
         _held(folder, ranks),
         Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps, settings=config) as log,
@@ -129,9 +132,16 @@ def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
         if ranks.first:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                flock(held.enter_context((folder / ".lock").open("w")), LOCK_EX | LOCK_NB)
+                lock = held.enter_context((folder / ".lock").open("a+"))
+                flock(lock, LOCK_EX | LOCK_NB)
+                lock.truncate(0)
+                print(f"pid {os.getpid()} on {platform.node()}", file=lock, flush=True)
             except BlockingIOError:
-                problem = f"out: another process is training in {folder}; wait for it, stop it, or give another --out"
+                seconds = max(0.0, time.time() - (folder / ".lock").stat().st_mtime)
+                problem = (
+                    f"out: another process ({(folder / '.lock').read_text().strip()}) is training in {folder} "
+                    f"for {seconds:,.0f} s; wait for it, stop it, or give another --out"
+                )
             except OSError as error:
                 if error.errno not in (ENOSYS, ENOLCK, EOPNOTSUPP):
                     problem = f"out: {folder} cannot be written ({error.strerror}); give another --out"
@@ -141,15 +151,18 @@ def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _resume(
-    task: Task, folder: Path, resume: str, config: dict[str, Any], frozen: dict[str, str], ranks: Ranks
+    task: Task, folder: Path, resume: str, config: dict[str, Any], frozen: dict[str, str], allow_change: bool,
+    ranks: Ranks,
 ) -> tuple[int, int, list[str]]:
     """Load the checkpoint that `resume` means: (step, samples, settings changed since); zeros for a fresh run."""
     path = checkpoint.find(folder / "checkpoints", resume, ranks)
     if path is None:
         return 0, 0, []
     manifest = checkpoint.load(path, task.engines, ranks)
-    checkpoint.on_first(ranks, lambda: checkpoint.check_frozen(path, manifest, frozen))
-    return manifest.step, manifest.samples, checkpoint.differences(manifest.config, config)
+    if not allow_change:
+        checkpoint.on_first(ranks, lambda: checkpoint.check_frozen(path, manifest, frozen))
+    changed = [f"another {part}" for part in checkpoint.other_parts(manifest, frozen)]
+    return manifest.step, manifest.samples, changed + checkpoint.differences(manifest.config, config)
 
 
 def _step(

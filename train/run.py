@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             metrics=run.metrics,
             ranks=ranks,
             watch=run.watch,
+            allow_change=run.allow_change,
         )
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)

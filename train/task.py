@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """A built task. Subclass it: `counts`, `frozen`, `preview` and `release` do nothing unless overridden."""
+    """A built task. Subclass it: `counts`, `frozen`, `reads`, `preview` and `release` do nothing unless overridden."""
 
     engines: Mapping[str, Engine]
     """The trained modules by a short name; names become file names in the checkpoint."""
@@ -47,6 +47,10 @@ class Task(Protocol):
         """sha256 of each part that is read and not trained, by name: a resumed run has to have the same."""
         return {}
 
+    def reads(self) -> dict[str, str]:
+        """sha256 of the data and its order, by name: a resumed run has to go on in the same."""
+        return {}
+
     def preview(self, folder: Path, step: int) -> dict[str, float] | None:
         """Draw or answer fixed examples with the averaged weights; returns what rank 0 measured, if anything, for the log.
         Called on every rank; only rank 0 writes."""
@@ -68,6 +72,10 @@ class LoaderTask(Task):
     def counts(self) -> dict[str, int]:
         """Samples that could not be used and were replaced."""
         return {"rejected": self.loader.rejects.total()}
+
+    def reads(self) -> dict[str, str]:
+        """Its sources, their shares and its seed."""
+        return {"data": self.loader.fingerprint()}
 
 
 def engine_for(module: nn.Module, run: Run, ranks: Ranks, optim: OptimConfig | None = None) -> Engine:
