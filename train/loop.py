@@ -97,7 +97,8 @@ def fit(
         while step < schedule.steps:
             where = f"step {step + 1}, samples {samples} to {samples + schedule.batch_size - 1}"
             limits = _Limits(dog, watch, where)
-            _step(task, batches, window, clock, limits, schedule.accumulation, seed, step, ranks)
+            with _workers_named(where):
+                _step(task, batches, window, clock, limits, schedule.accumulation, seed, step, ranks)
             _report_refusals(task, log, step, samples, schedule.batch_size)
             step, samples = step + 1, samples + schedule.batch_size
             last = step == schedule.steps
@@ -151,7 +152,12 @@ def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _resume(
-    task: Task, folder: Path, resume: str, config: dict[str, Any], frozen: dict[str, str], allow_change: bool,
+    task: Task,
+    folder: Path,
+    resume: str,
+    config: dict[str, Any],
+    frozen: dict[str, str],
+    allow_change: bool,
     ranks: Ranks,
 ) -> tuple[int, int, list[str]]:
     """Load the checkpoint that `resume` means: (step, samples, settings changed since); zeros for a fresh run."""
@@ -188,6 +194,20 @@ def _step(
     if not any(engine.last and engine.last.objection for engine in task.engines.values()):
         for values in scalars:
             window.add(values)
+
+
+@contextmanager
+def _workers_named(where: str) -> Iterator[None]:
+    """ValueError when the system has ended a worker of the loader: torch raises its error from a signal, wherever training is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            f"a process of data.workers was ended from outside at {where} ({str(error).splitlines()[0].strip()}); "
+            "if memory ran out, lower data.workers; run again to go on from the last checkpoint"
+        ) from error
 
 
 def _report_refusals(task: Task, log: Metrics, step: int, samples: int, batch_size: int) -> None:

@@ -28,7 +28,7 @@ from rich.console import Console
 from data.parallel import bar
 from model.files import write_whole
 from sample.cli import run
-from tests.chaos import checkpoints, elastic  # noqa: F401
+from tests.chaos import checkpoints, elastic, reading, running  # noqa: F401
 from tests.chaos.page import page
 from tests.chaos.processes import HUNG, fork, wait
 from tests.chaos.rows import LIMIT_SECONDS, ROWS, Outcome
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     results: dict[str, Outcome] = {}
     if draft.is_file():
         results = {name: Outcome(**held) for name, held in json.loads(draft.read_text()).items() if name in names}
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     progress = bar("rows")
     progress.live.auto_refresh = False  # it would be a thread, and what forks must have none
     with progress:

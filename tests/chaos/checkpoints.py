@@ -29,8 +29,8 @@ from tests.test_layout import ROOT
 from tests.test_loop import lines, state, train
 from tests.toy import BATCH, Toy, advance, digest, net, save
 from train import checkpoint
-from train.engine import KINDS, Engine, EngineConfig
 from train.ema import EmaConfig
+from train.engine import KINDS, Engine, EngineConfig
 from train.optim import OptimConfig
 from train.ranks import start
 from train.saving import Saver
@@ -299,7 +299,12 @@ def other_settings(_: int, folder: Path) -> Outcome:
     outcome = Outcome()
     task, _digests = saved(folder)
     old = {"optim": {"lr": 1.0, "betas": [0.9, 0.95]}, "schedule": {"steps": 10, "log_every": 1}, "seed": 0, "out": None}
-    for at, key, value in (("optim", "lr", 2.0), ("optim", "betas", [0.9, 0.99]), ("schedule", "steps", 20), ("", "seed", 1)):
+    for at, key, value in (
+        ("optim", "lr", 2.0),
+        ("optim", "betas", [0.9, 0.99]),
+        ("schedule", "steps", 20),
+        ("", "seed", 1),
+    ):
         new = json.loads(json.dumps(old))
         (new[at] if at else new)[key] = value
         was = (old[at] if at else old)[key]
@@ -380,7 +385,9 @@ def rank_0_alone(_: int, folder: Path) -> Outcome:
                 for call in ast.walk(statement)
                 if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
             }
-            waits = sorted(name for name in called if name.split(".")[-1] in COLLECTIVE and ("ranks" in name or "engine" in name))
+            waits = sorted(
+                name for name in called if name.split(".")[-1] in COLLECTIVE and ("ranks" in name or "engine" in name)
+            )
             outcome.add(not waits, f"{path.name}:{node.lineno} has rank 0 alone call {waits}")
 
     class Previewing(Toy):
@@ -425,7 +432,9 @@ def killed_in_pruning(trials: int, folder: Path) -> Outcome:
         (code,) = wait([fork(partial(write, point), folder / "log")])
         whole = [path for path in checkpoint.held(root) if _is_whole(path)]
         good = code == -signal.SIGKILL and len(whole) >= 2 and loads(find(root)[0], digests)
-        outcome.add(good, f"killed at request {point} of {moments}: whole are {[path.name for path in whole]}, exit code {code}")
+        outcome.add(
+            good, f"killed at request {point} of {moments}: whole are {[path.name for path in whole]}, exit code {code}"
+        )
     return outcome
 
 

@@ -105,9 +105,7 @@ def other_world(trials: int, folder: Path) -> Outcome:
             codes = wait(launch(world, partial(work, folder=folder, stages=stages), folder / "log"), 200)
             assert codes == [0] * world, codes
     stayed = {
-        f"{world}-{zero}": found
-        for world in worlds
-        for zero, found in read_json(folder / f"straight-{world}.json").items()
+        f"{world}-{zero}": found for world in worlds for zero, found in read_json(folder / f"straight-{world}.json").items()
     }
     off: dict[tuple[str, str], float] = {}
     for world in worlds:
@@ -116,7 +114,9 @@ def other_world(trials: int, folder: Path) -> Outcome:
             apart = max(abs(a - b) for a, b in zip(found["losses"], stayed[before]["losses"], strict=True))
             alike = found["samples"] == stayed[before]["samples"]
             off[before, after] = apart
-            outcome.add(alike and apart <= LIMIT, f"{before} to {after} (ranks-ZeRO): losses {apart:.1e} apart, batches {alike}")
+            outcome.add(
+                alike and apart <= LIMIT, f"{before} to {after} (ranks-ZeRO): losses {apart:.1e} apart, batches {alike}"
+            )
     outcome.seen = f"largest difference {max(off.values()):.1e}"
     outcome.table = _table(off)
     return outcome
