@@ -128,8 +128,11 @@ def verify(path: Path) -> Manifest:
         file = path / name
         if not file.is_file() or sha256_of(file) != expected:
             raise ValueError(f"{file} is {'damaged' if file.is_file() else 'missing'}")
-        with safe_open(file, framework="pt") as tensors:
-            check_finite(file, ((key, tensors.get_tensor(key)) for key in tensors.keys()))  # noqa: SIM118 (not a dict)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                check_finite(file, ((key, tensors.get_tensor(key)) for key in tensors.keys()))  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no file of tensors ({error})") from error
     return manifest
 
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from data.parallel import bar
 from model.files import write_whole
 from sample.cli import run
-from tests.chaos import checkpoints, elastic, reading, running  # noqa: F401
+from tests.chaos import checkpoints, elastic, hostile, reading, running  # noqa: F401
 from tests.chaos.page import page
 from tests.chaos.processes import HUNG, fork, wait
 from tests.chaos.rows import LIMIT_SECONDS, ROWS, Outcome
