@@ -43,6 +43,11 @@ def exams(seed: int, split: str, pictures: int, size: int = 64) -> list[Exam]:
     return made
 
 
+SEEING, BLANK, CHANCE = "understanding", "understanding.blank", "understanding.chance"
+MEASURES = tuple(f"{of}.{kind}" for of in (SEEING, BLANK, CHANCE) for kind in (*KINDS, "all"))
+"""The names of what `understanding` measures, where something of each kind is asked."""
+
+
 def understanding(
     mllm: FrozenMLLM,
     asked: Sequence[Exam],
@@ -56,9 +61,9 @@ def understanding(
     both = answers(mllm, [*asked, *blank], batch_size, watch)
     given, unseeing = both[: len(asked)], both[len(asked) :]
     kinds = [exam.question.kind for exam in asked]
-    measures = _by_kind("understanding", kinds, [a == b for a, b in zip(given, wanted, strict=True)])
-    measures |= _by_kind("understanding.blank", kinds, [a == b for a, b in zip(unseeing, wanted, strict=True)])
-    return measures | _by_kind("understanding.chance", kinds, best_guess([exam.question for exam in asked]))
+    measures = _by_kind(SEEING, kinds, [a == b for a, b in zip(given, wanted, strict=True)])
+    measures |= _by_kind(BLANK, kinds, [a == b for a, b in zip(unseeing, wanted, strict=True)])
+    return measures | _by_kind(CHANCE, kinds, best_guess([exam.question for exam in asked]))
 
 
 def answers(

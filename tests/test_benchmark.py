@@ -90,6 +90,15 @@ def test_the_order_costs_no_more_for_more_samples(tmp_path):
         main(["order", "--samples", "0"])
 
 
+def test_saves_are_timed_in_both_ways(tmp_path):
+    main(["saves", "--megabytes", "20", "--steps", "1", "--repeats", "1", "--json", str(tmp_path / "saves.json")])
+    measures = read_json(tmp_path / "saves.json")
+    assert measures["saves.size"].value == pytest.approx(20e6, rel=0.5)
+    assert measures["saves.background.still"].value < measures["saves.background.whole"].value
+    with pytest.raises(ValueError, match="at least 1"):
+        main(["saves", "--megabytes", "0"])
+
+
 def test_sizes_below_one_are_refused():
     with pytest.raises(ValueError, match="at least 1"):
         main(["metaquery", "--repeats", "0"])

@@ -3,7 +3,11 @@
 import itertools
 import json
 import os
+import resource
 import signal
+import threading
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -19,7 +23,7 @@ CONFIG = EngineConfig(zero=1, precision="fp32", guard=GuardConfig(stop_after=3))
 SCHEDULE = Schedule(steps=STEPS, batch_size=BATCH, log_every=1, save_every=2)
 
 
-def train(folder, task: Toy | None = None, resume: str = "auto", **changes) -> bool:
+def train(folder, task: Toy | None = None, resume: str = "auto", **changes: Any) -> bool:
     ranks = start(60)
     schedule = Schedule(**{**SCHEDULE.__dict__, **changes})
     task = task or Toy(ranks, CONFIG)
@@ -29,6 +33,11 @@ def train(folder, task: Toy | None = None, resume: str = "auto", **changes) -> b
 
 def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(folder) -> list[list]:
+    """What was logged of each step."""
+    return [[line.get(key) for key in ("step", "loss", "grad_norm", "lr")] for line in lines(folder) if "event" not in line]
 
 
 def state(folder, step: int = STEPS) -> tuple:
@@ -65,8 +74,7 @@ def test_crash_and_resume_equals_straight(straight, tmp_path):
     assert checkpoint.verify(tmp_path / "checkpoints" / "step-00000004").samples == 4 * BATCH
     assert train(tmp_path)
     assert state(tmp_path) == state(straight)
-    steady = [[line.get(key) for key in ("step", "loss", "grad_norm", "lr")] for line in lines(tmp_path)]
-    assert steady == [[line.get(key) for key in ("step", "loss", "grad_norm", "lr")] for line in lines(straight)]
+    assert numbers(tmp_path) == numbers(straight)
     assert (tmp_path / "release" / "net.pt").read_bytes() == (straight / "release" / "net.pt").read_bytes()
 
 
@@ -175,7 +183,93 @@ def test_bad_steps_in_a_row_stop_the_run(tmp_path):
     assert task.engine.steps == 4
 
 
+class Measured(Toy):
+    """Whose previews measure one thing: 0.3, 0.9 and so on at its steps."""
+
+    at = (0.3, 0.9, 0.9, 0.5, float("nan"), 0.4)
+
+    def measures(self):
+        return {"score"}
+
+    def preview(self, folder, step):
+        return {"score": self.at[step - 1]}
+
+
+@pytest.mark.parametrize(("best_is", "kept"), [("highest", "256"), ("lowest", "156")])
+def test_the_best_is_kept_beside_the_last(best_is, kept, straight, tmp_path):
+    """The earliest of equals; also by a run that was interrupted after it."""
+    choice: dict[str, Any] = {"save_every": 1, "preview_every": 1, "keep_best": "score", "best_is": best_is}
+    train(tmp_path, Measured(start(60), CONFIG), steps=4, **choice)
+    assert train(tmp_path, Measured(start(60), CONFIG), **choice)
+    assert "".join(path.name[-1] for path in checkpoint.held(tmp_path / "checkpoints")) == kept
+    assert state(tmp_path) == state(straight)
+
+
+def test_a_measure_that_never_comes_is_named(tmp_path):
+    choice: dict[str, Any] = {"save_every": 1, "preview_every": 2}
+    with pytest.raises(ValueError, match="keep_best is skore, and this run's previews measure score; name one of it"):
+        train(tmp_path, Measured(start(60), CONFIG), keep_best="skore", **choice)
+    with pytest.raises(ValueError, match="keep_best is score, and this run's previews measure nothing"):
+        train(tmp_path, keep_best="score", **choice)
+    with pytest.raises(ValueError, match=r"preview_every is 0; give a multiple of save_every \(2\)"):
+        Schedule(save_every=2, keep_best="score")
+    assert not list(tmp_path.iterdir())
+
+
+class FullDisk(Toy):
+    """No file can grow beyond 700 bytes from the second batch until before batch `room`."""
+
+    room = 4
+
+    def step(self, batch):
+        number = batch[0] // BATCH
+        if number in (1, self.room):
+            for thread in threading.enumerate():
+                if thread.name == "saver":
+                    thread.join()
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (700 if number == 1 else resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            )
+        return super().step(batch)
+
+
+@pytest.fixture
+def unlimited():
+    """What a test forbids itself is allowed again after it."""
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.usefixtures("unlimited")
+@pytest.mark.parametrize("background", [True, False])
+def test_a_full_disk_is_told_and_training_goes_on(background, straight, tmp_path, capsys):
+    assert train(tmp_path, FullDisk(start(60), CONFIG), save_every=1, keep=6, save_in_background=background)
+    assert state(tmp_path) == state(straight)
+    assert [path.name[-1] for path in sorted((tmp_path / "checkpoints").iterdir())] == ["1", "5", "6"]
+    events = [(line["step"], line["event"]) for line in lines(tmp_path) if "event" in line]
+    assert events == [(1, "saved"), *((step, "not saved") for step in (2, 3, 4)), (5, "saved"), (6, "saved")]
+    assert numbers(tmp_path) == numbers(straight)
+    said = capsys.readouterr().out
+    assert said.count("not saved, reason rank 0: ") == 3
+    assert "File too large" in said
+    assert said.count("it goes on once there is room") == 1
+
+
+@pytest.mark.usefixtures("unlimited", "capsys")  # pytest's own capture of what is said is a file
+def test_the_last_save_must_not_fail(straight, tmp_path):
+    class Full(FullDisk):
+        room = 100
+
+    with pytest.raises(OSError, match=r"step 6 is not saved \(rank 0: .*File too large.*\); make room"):
+        train(tmp_path, Full(start(60), CONFIG), save_every=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert not (tmp_path / "release").exists()
+    assert [path.name[-1] for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert train(tmp_path)
+    assert state(tmp_path) == state(straight)
+
+
 @pytest.mark.parametrize("field", ["steps", "batch_size", "accumulation", "log_every", "save_every", "keep"])
 def test_impossible_schedule_is_named(field):
     with pytest.raises(ValueError, match=f"schedule.{field}"):
-        Schedule(**{field: 0})
+        replace(SCHEDULE, **{field: 0})

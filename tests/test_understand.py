@@ -20,7 +20,7 @@ from model.prefix import IGNORED, Turn
 from model.qwen import Qwen2_5_VL
 from model.vision import batch_equal_pictures
 from sample.measures import read_json
-from sample.world_answers import exams, understanding
+from sample.world_answers import MEASURES, exams, understanding
 from train.config import Run
 from train.ranks import Ranks
 from train.run import main
@@ -264,6 +264,7 @@ def test_the_stages_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in (tmp_path / "runs/instruct/metrics.jsonl").read_text().splitlines()]
     [line] = [line for line in lines if line.get("event") == "preview"]
     assert {"understanding.colour", "understanding.blank.colour"} <= line.keys()
+    assert line.keys() - {"step", "event"} <= set(MEASURES)
     capsys.readouterr()
 
 

@@ -3,11 +3,12 @@
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 
 from model.assets import ROOT
-from train.watchdog import HUNG, WatchConfig, Watchdog
+from train.watchdog import HUNG, PARTS, WatchConfig, Watchdog
 
 HANGS = """
 import sys, time
@@ -44,13 +45,17 @@ def test_a_step_that_hangs_ends_the_run_and_says_where(tmp_path):
 
 
 def test_what_keeps_its_limit_goes_on():
-    with Watchdog(0, tick_seconds=0.01) as dog:
+    with Watchdog(WatchConfig(step_seconds=5, save_seconds=0), 0, tick_seconds=0.01) as dog:
         for _ in range(3):
-            with dog.limit(5, "a short sleep", "here"):
+            with dog.limit("step"):
                 time.sleep(0.05)
-        with dog.limit(0, "anything", "here"):
+        with dog.limit("save"):
             time.sleep(0.05)
         time.sleep(0.05)  # between two limits there is none
+
+
+def test_every_limit_is_a_setting():
+    assert {f"{part}_seconds" for part in PARTS} == {field.name for field in fields(WatchConfig)}
 
 
 def test_no_limit_is_negative():

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from train.checkpoint import Keep
+from train.checkpoint import Keep, path_of
 from train.ema import EmaConfig, kept
 from train.engine import KINDS, Engine, EngineConfig, Step
 from train.optim import OptimConfig, adamw, learning_rate
@@ -114,8 +114,11 @@ def advance(task: Toy, first: int, last: int) -> list[Step]:
 
 
 def save(task: Task, root: Path, step: int, keep: Keep = Keep(1), ranks: Ranks | None = None) -> Path:
-    """A checkpoint of a task after `step` steps."""
-    return Saver(root, task.engines, {"seed": 0}, keep, ranks or start(60)).save(step, step * BATCH)
+    """A checkpoint of a task after `step` steps. Raises OSError when it cannot be written."""
+    saver = Saver(root, task.engines, {"seed": 0}, keep, ranks or start(60))
+    saver.begin(step, step * BATCH)
+    saver.finish()
+    return path_of(root, step)
 
 
 def plain_torch(saved_at: int) -> tuple[list[float], list[float], dict[str, Tensor]]:

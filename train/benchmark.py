@@ -4,6 +4,7 @@
     python -m train.benchmark reading
     python -m train.benchmark repae
     python -m train.benchmark order
+    python -m train.benchmark saves
     python -m train.benchmark metaquery --config metaquery.xlarge_sana --device cuda --precision autocast --compile
 
 The plain path is the obvious way to train queries: as further rows of the token embeddings, which all get a gradient, and by
@@ -42,6 +43,7 @@ from train import stand_in
 from train.benchmark_order import Ordering, ordering
 from train.benchmark_reading import Reading, reading
 from train.benchmark_repae import Repae, repae
+from train.benchmark_saves import Saves, saves
 from train.compiled import compile_blocks
 from train.cost import flop, kept_bytes
 from train.loss import squared_error
@@ -79,7 +81,7 @@ class Metaquery:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark that the command line names."""
-    commands = {"metaquery": Metaquery, "reading": Reading, "repae": Repae, "order": Ordering}
+    commands = {"metaquery": Metaquery, "reading": Reading, "repae": Repae, "order": Ordering, "saves": Saves}
     args = tyro.extras.subcommand_cli_from_dict(commands, args=argv)
     if isinstance(args, Metaquery):
         metaquery(args)
@@ -87,6 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         reading(args)
     elif isinstance(args, Ordering):
         ordering(args)
+    elif isinstance(args, Saves):
+        saves(args)
     else:
         repae(args)
 

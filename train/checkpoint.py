@@ -7,6 +7,7 @@
         main.average.safetensors       the moving average
         main.buffers.safetensors       buffers of the module, if it has any
         manifest.json                  step, samples, counters, resolved config, sha256 of each file
+        measures.json                  what a preview measured then, if it did
 
 Where several ranks write, a kind is in several files: main.weights.00001-of-00004.safetensors. Nothing in it depends on the
 number of ranks or the ZeRO stage. The folder must be visible to all ranks. train/saving.py writes it.
@@ -21,13 +22,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.files import sha256_of, sync
+from model.files import read_json, sha256_of, sync, write_json, write_whole
 from train.engine import KINDS, Engine
 from train.ranks import Ranks
 
@@ -52,15 +54,17 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the `last` so many, and those of `every` so many steps (0: no others)."""
+    """Which checkpoints stay: the `last` so many, those of `every` so many steps (0: no others), and the one with the highest
+    (or lowest) `best`, a measure that was noted."""
 
     last: int
     every: int = 0
+    best: str | None = None
+    lowest: bool = False
 
 
-def publish(partial: Path, final: Path, manifest: Manifest, keep: Keep) -> None:
-    """Give a folder that holds all files its manifest and its name, then drop what is not to be kept. Raises OSError when the
-    disk does not take it."""
+def publish(partial: Path, final: Path, manifest: Manifest) -> None:
+    """Give a folder that holds all files its manifest and its name. Raises OSError when the disk does not take it."""
     text = partial / "manifest.json"
     text.write_text(json.dumps(asdict(manifest), indent=2))
     sync(text)
@@ -68,9 +72,26 @@ def publish(partial: Path, final: Path, manifest: Manifest, keep: Keep) -> None:
         _drop(final)
     os.replace(partial, final)
     sync(final.parent)
-    for old in held(final.parent)[: -keep.last]:
-        if not keep.every or _step_of(old) % keep.every:
+
+
+def prune(root: Path, keep: Keep) -> None:
+    """Drop the checkpoints that are not to be kept."""
+    best = best_of(root, keep)
+    for old in held(root)[: -keep.last]:
+        if old != best and (not keep.every or _step_of(old) % keep.every):
             _drop(old)
+
+
+def note(path: Path, measures: Mapping[str, float]) -> None:
+    """Put what was measured at a checkpoint beside its files; no part of the state."""
+    write_whole(path / "measures.json", lambda draft: write_json(draft, dict(measures)))
+
+
+def best_of(root: Path, keep: Keep) -> Path | None:
+    """The earliest checkpoint with the best of what `keep` compares; None where that was not measured."""
+    noted = {path: read_json(path / "measures.json") for path in held(root) if (path / "measures.json").is_file()}
+    values = {path: measures[keep.best] for path, measures in noted.items() if isfinite(measures.get(keep.best, nan))}
+    return (min if keep.lowest else max)(values, key=values.__getitem__, default=None)
 
 
 def set_aside(root: Path, step: int, ranks: Ranks) -> None:
@@ -79,7 +100,7 @@ def set_aside(root: Path, step: int, ranks: Ranks) -> None:
 
     def move() -> None:
         for later in held(root):
-            if later.name > f"step-{step:08d}":
+            if later.name > path_of(root, step).name:
                 target = root / "set-aside" / later.name
                 target.parent.mkdir(exist_ok=True)
                 shutil.rmtree(target, ignore_errors=True)
@@ -234,6 +255,11 @@ def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def path_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return root / f"step-{step:08d}"
 
 
 def held(root: Path) -> list[Path]:

@@ -8,12 +8,12 @@ import platform
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from errno import ENOLCK, ENOSYS, EOPNOTSUPP
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,6 +42,12 @@ class Schedule:
     """Checkpoints kept; older ones are deleted once a newer one is whole."""
     keep_every: int = 0
     """Those of every so many steps are kept for good; 0: none is."""
+    keep_best: str | None = None
+    """The name of a measure of the previews, like understanding.all: the checkpoint where it is best is kept as well."""
+    best_is: Literal["highest", "lowest"] = "highest"
+    save_in_background: bool = True
+    """Train on while checkpoints are written, from a copy of the state in the hosts' memory where that holds it: 16 bytes of
+    each trained parameter, spread over the ranks."""
     preview_every: int = 0
     """0: only at the end."""
 
@@ -54,6 +60,11 @@ class Schedule:
         if self.keep_every < 0 or self.keep_every % self.save_every:
             raise ValueError(
                 f"schedule.keep_every is {self.keep_every}; give 0 (none) or a multiple of save_every ({self.save_every})"
+            )
+        if self.keep_best and (self.preview_every == 0 or self.preview_every % self.save_every):
+            raise ValueError(
+                f"schedule.keep_best needs previews of what is saved, and schedule.preview_every is {self.preview_every}; "
+                f"give a multiple of save_every ({self.save_every})"
             )
 
 
@@ -73,32 +84,40 @@ def fit(
     """Train to the last step from wherever `folder` stands; every rank calls it.
 
     `config` is stored in checkpoints. False when a signal stopped the run early, after saving. Raises `Diverged` when
-    too many steps in a row were refused. A part that takes longer than `watch` allows ends the process.
+    too many steps in a row were refused, and OSError when the state at the end cannot be saved; any other save that fails is
+    only told. A part that takes longer than `watch` allows ends the process.
     """
+    if schedule.keep_best and schedule.keep_best not in task.measures():
+        known = ", ".join(sorted(task.measures())) or "nothing"
+        raise ValueError(
+            f"schedule.keep_best is {schedule.keep_best}, and this run's previews measure {known}; name one of it"
+        )
     frozen = {**task.frozen(), **task.reads()} if ranks.first else {}
     step, samples, changed = _resume(task, folder, resume, config, frozen, allow_change, ranks)
+    root = folder / "checkpoints"
+    keep = checkpoint.Keep(schedule.keep, schedule.keep_every, schedule.keep_best, lowest=schedule.best_is == "lowest")
     with (
         _held(folder, ranks),
         Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps, settings=config) as log,
         _interruptible() as interrupted,
-        Watchdog(ranks.rank) as dog,
+        Watchdog(watch, ranks.rank) as dog,
+        Saver(
+            root, task.engines, config, keep, ranks, frozen, schedule.save_in_background, watch.save_seconds, log.event
+        ) as saver,
     ):
-        checkpoint.set_aside(folder / "checkpoints", step, ranks)
+        checkpoint.set_aside(root, step, ranks)
         if ranks.first:
             write_whole(folder / "run.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n") and None)
         log.console.print(f"{folder}: from step {step} to {schedule.steps}, sample {samples} on, {ranks.world} rank(s)")
         for line in changed:
             log.console.print(f"  changed since the checkpoint: {line}")
-        keep = checkpoint.Keep(schedule.keep, schedule.keep_every)
-        saver = Saver(folder / "checkpoints", task.engines, config, keep, ranks, frozen, watch.save_seconds)
         batches = task.batches(samples)
         clock = _Clock()
         window = Window()
         while step < schedule.steps:
-            where = f"step {step + 1}, samples {samples} to {samples + schedule.batch_size - 1}"
-            limits = _Limits(dog, watch, where)
-            with _workers_named(where):
-                _step(task, batches, window, clock, limits, schedule.accumulation, seed, step, ranks)
+            dog.where = f"step {step + 1}, samples {samples} to {samples + schedule.batch_size - 1}"
+            with _workers_named(dog.where):
+                _step(task, batches, window, clock, dog, schedule.accumulation, seed, step, ranks)
             _report_refusals(task, log, step, samples, schedule.batch_size)
             step, samples = step + 1, samples + schedule.batch_size
             last = step == schedule.steps
@@ -108,17 +127,23 @@ def fit(
             else:
                 log.advance(step)
             if step % schedule.save_every == 0 or last or stop:
-                with limits.saving():
-                    path = saver.save(step, samples)
-                log.event(step, "saved", path=str(path))
+                with dog.limit("save"):
+                    saver.begin(step, samples)
                 clock.restart()
+            saver.report()
             if last or (schedule.preview_every and step % schedule.preview_every == 0):
                 if measured := task.preview(folder / "previews", step):
                     log.event(step, "preview", **measured)
+                    with dog.limit("save"):
+                        saver.note(step, measured)
                 clock.restart()
             if stop and not last:
+                with dog.limit("save"):
+                    saver.finish()
                 log.event(step, "stopped", signal=interrupted[0] if interrupted else "on another rank")
                 return False
+        with dog.limit("save"):
+            saver.finish()
         task.release(folder / "release")
     return True
 
@@ -176,7 +201,7 @@ def _step(
     batches: Iterator[Any],
     window: Window,
     clock: _Clock,
-    limits: _Limits,
+    dog: Watchdog,
     accumulation: int,
     seed: int,
     step: int,
@@ -185,10 +210,10 @@ def _step(
     """One optimizer step: its micro-batches through the task. The scalars of a refused step are not averaged in."""
     scalars = []
     for micro in range(accumulation):
-        with clock.waiting(), limits.reading():
+        with clock.waiting(), dog.limit("data"):
             batch = next(batches)
         seed_step(seed, step, micro, ranks.rank)
-        with limits.stepping():
+        with dog.limit("step"):
             scalars.append(task.step(batch))
     clock.steps += 1
     if not any(engine.last and engine.last.objection for engine in task.engines.values()):
@@ -236,24 +261,6 @@ def _line(task: Task, window: Window, clock: _Clock, samples: int, batch_size: i
     for name, count in task.counts().items():
         line[name] = int(ranks.sum(torch.tensor(count, device=ranks.device)))
     return line | clock.read(batch_size)
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """How long the parts of one step may take."""
-
-    dog: Watchdog
-    watch: WatchConfig
-    where: str
-
-    def reading(self) -> AbstractContextManager[None]:
-        return self.dog.limit(self.watch.data_seconds, "reading a batch (watch.data_seconds)", self.where)
-
-    def stepping(self) -> AbstractContextManager[None]:
-        return self.dog.limit(self.watch.step_seconds, "a step (watch.step_seconds)", self.where)
-
-    def saving(self) -> AbstractContextManager[None]:
-        return self.dog.limit(self.watch.save_seconds, "saving (watch.save_seconds)", self.where)
 
 
 class _Clock:

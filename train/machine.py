@@ -1,4 +1,4 @@
-"""Measures of speed -> a file, and beside it what they were measured on: a time means nothing without its machine."""
+"""What this machine is and has. Measures of speed -> a file, and it beside: a time means nothing without its machine."""
 
 from __future__ import annotations
 
@@ -33,3 +33,18 @@ def describe() -> str:
     return ", ".join(
         [f"{datetime.now(UTC):%Y-%m-%d}", processor, threads, *gpu, f"Python {platform.python_version()}", *packages]
     )
+
+
+def available_memory() -> float:
+    """Bytes of host memory that programs can still take: what the system says, or the container's limit less what is used of
+    it and could not be given back. Infinite where neither is told."""
+    free = [float("inf")]
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        free += [1024 * int(line.split()[1]) for line in info.read_text().splitlines() if line.startswith("MemAvailable:")]
+    limits = Path("/sys/fs/cgroup")  # version 2
+    if (limits / "memory.max").is_file() and (limit := (limits / "memory.max").read_text().strip()) != "max":
+        counted = dict(line.split() for line in (limits / "memory.stat").read_text().splitlines())
+        used = int((limits / "memory.current").read_text()) - int(counted["file"])
+        free.append(int(limit) - used)
+    return min(free)

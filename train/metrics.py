@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,6 +75,7 @@ class Metrics:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._first = ranks.first
+        self._waiting = False  # for room on the disk
         self.console = Console(quiet=not ranks.first, highlight=False, soft_wrap=True)
         self._steps, self._began, self._begun_at = steps, time.monotonic(), first_step
         self._trackers: list[Any] = []
@@ -104,7 +106,8 @@ class Metrics:
     def __exit__(self, *exception: object) -> None:
         if self._first:
             self._bar.stop()
-            self._file.close()
+            with suppress(OSError):  # told when it began
+                self._file.close()
             for tracker in self._trackers:
                 tracker.close()
 
@@ -134,7 +137,14 @@ class Metrics:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        try:
+            self._file.write(json.dumps(finite) + "\n")
+        except OSError as error:  # a full disk: the file keeps the line, and tries again with the next
+            if not self._waiting:
+                self.console.print(f"metrics.jsonl: {error.strerror}; it goes on once there is room")
+            self._waiting = True
+        else:
+            self._waiting = False
 
 
 def _shown(name: str, value: float) -> str:

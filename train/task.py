@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """A built task. Subclass it: `counts`, `frozen`, `reads`, `preview` and `release` do nothing unless overridden."""
+    """A built task. Subclass it: `counts`, `frozen`, `reads`, `measures`, `preview` and `release` do nothing unless overridden."""
 
     engines: Mapping[str, Engine]
     """The trained modules by a short name; names become file names in the checkpoint."""
@@ -50,6 +50,10 @@ class Task(Protocol):
     def reads(self) -> dict[str, str]:
         """sha256 of the data and its order, by name: a resumed run has to go on in the same."""
         return {}
+
+    def measures(self) -> set[str]:
+        """What the measures of `preview` are called."""
+        return set()
 
     def preview(self, folder: Path, step: int) -> dict[str, float] | None:
         """Draw or answer fixed examples with the averaged weights; returns what rank 0 measured, if anything, for the log.

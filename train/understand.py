@@ -31,7 +31,7 @@ from model.qwen import Qwen2_5_VL
 from model.trainable import choose_trainable
 from model.vision import batch_equal_pictures
 from sample.measures import show, write_json
-from sample.world_answers import exams, understanding
+from sample.world_answers import MEASURES, exams, understanding
 from train.engine import Engine, micro_batch_size
 from train.ranks import Ranks
 from train.see import places, through_noise
@@ -230,6 +230,10 @@ class UnderstandTask(Task):
         self.engine.backward(objective)
         self.engine.step()
         return measured
+
+    def measures(self) -> set[str]:
+        """Those of the exam."""
+        return set(MEASURES) if self.config.exam_pictures else set()
 
     def preview(self, folder: Path, step: int) -> dict[str, float] | None:
         """Ask what a release of this moment would be asked: previews/step-00000500.json, and the shares of right answers."""

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 HUNG = 6
 """The exit code."""
+PARTS = {"data": "reading a batch", "step": "a step", "save": "saving"}
+""""X" has its limit in watch.X_seconds."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,21 @@ class WatchConfig:
     """For a checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("data_seconds", "step_seconds", "save_seconds"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"watch.{name} is {getattr(self, name)}; give 0 (no limit) or more")
+        for part in PARTS:
+            if self.seconds(part) < 0:
+                raise ValueError(f"watch.{part}_seconds is {self.seconds(part)}; give 0 (no limit) or more")
+
+    def seconds(self, part: str) -> float:
+        """The limit of one of PARTS."""
+        return getattr(self, f"{part}_seconds")
 
 
 class Watchdog:
-    """Watches one process from a thread of its own; enter it around training."""
+    """Watches one process from a thread of its own; enter it around training. `where` says what it is at."""
 
-    def __init__(self, rank: int, tick_seconds: float = 1.0) -> None:
-        self._rank, self._tick = rank, tick_seconds
+    def __init__(self, config: WatchConfig, rank: int, tick_seconds: float = 1.0) -> None:
+        self.where = "the start"
+        self._config, self._rank, self._tick = config, rank, tick_seconds
         self._due: tuple[float, str] | None = None  # (time.monotonic at which it is given up, what would be said)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -55,10 +62,11 @@ class Watchdog:
         self._thread.join()
 
     @contextmanager
-    def limit(self, seconds: float, what: str, where: str) -> Iterator[None]:
-        """What happens inside may take so long; 0: as it likes. `what` names it and its setting, `where` the step."""
-        if seconds:
-            said = f"rank {self._rank} hangs: {what} has taken over {seconds:g} s at {where}"
+    def limit(self, part: str) -> Iterator[None]:
+        """What happens inside, one of PARTS, may take as long as the config says."""
+        if seconds := self._config.seconds(part):
+            what = f"{PARTS[part]} (watch.{part}_seconds)"
+            said = f"rank {self._rank} hangs: {what} has taken over {seconds:g} s at {self.where}"
             self._due = time.monotonic() + seconds, said
         try:
             yield
