@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import checkpoints, elastic, hostile, reading, running
+from tests.chaos.catalogue import ROWS
 from tests.chaos.page import page
-from tests.chaos.rows import ROWS, Outcome
+from tests.chaos.rows import Outcome
 from tests.two_ranks import ROOT
-
-__all__ = ["checkpoints", "elastic", "hostile", "reading", "running"]  # they enter their rows
 
 
 @functools.cache

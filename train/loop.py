@@ -223,7 +223,7 @@ def _step(
 
 @contextmanager
 def _workers_named(where: str) -> Iterator[None]:
-    """ValueError when the system has ended a worker of the loader: torch raises its error from a signal, wherever training is."""
+    """ValueError when the system has ended a worker of the loader: torch raises that from a signal, wherever training is."""
     try:
         yield
     except RuntimeError as error:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """A built task. Subclass it: `counts`, `frozen`, `reads`, `measures`, `preview` and `release` do nothing unless overridden."""
+    """A built task. Subclass it: of what follows `step`, nothing does anything unless overridden."""
 
     engines: Mapping[str, Engine]
     """The trained modules by a short name; names become file names in the checkpoint."""

@@ -3,8 +3,8 @@
     python -m tests.chaos --json docs/measures/reliability.json --page docs/reliability.md      # make chaos
     python -m tests.chaos --fast --rows C1 R1 --json /tmp/some.json
 
-Each row has a process of its own. What rows came to is kept beside the JSON file until all are done, so that the same command
-goes on where it was stopped. Exit code 1 when anything was lost.
+Each row has a process of its own. What rows came to is kept beside the JSON file until all are done, so that the same
+command goes on where it was stopped. Exit code 1 when anything was lost.
 """
 
 import json
@@ -28,10 +28,10 @@ from rich.console import Console
 from data.parallel import bar
 from model.files import write_whole
 from sample.cli import run
-from tests.chaos import checkpoints, elastic, hostile, reading, running  # noqa: F401
+from tests.chaos.catalogue import ROWS
 from tests.chaos.page import page
 from tests.chaos.processes import HUNG, fork, wait
-from tests.chaos.rows import LIMIT_SECONDS, ROWS, Outcome
+from tests.chaos.rows import LIMIT_SECONDS, Outcome
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Outcomes of rows -> the page that shows them."""
 
 from data.interval import wilson
-from tests.chaos.rows import ROWS, Outcome
+from tests.chaos.catalogue import ROWS
+from tests.chaos.rows import Outcome
 
 HEAD = """# Reliability
 
@@ -9,8 +10,8 @@ Every fault of the catalogue that a machine without a GPU can be given, and what
 (`python -m tests.chaos`): nothing here is typed by hand. A row's trials are counted, and those that went another way than
 expected are lost and listed; `make test` plays the same rows with fewer trials.
 
-Not here: R14 (a stored curve of losses, which holds for one version of torch on one kind of processor; C7, C8 and R11 compare runs
-with each other and with plain torch instead) and S13 to S15 (of a server and a web page).
+Not here: R14 (a stored curve of losses, which holds for one version of torch on one kind of processor; C7, C8 and R11
+compare runs with each other and with plain torch instead) and S13 to S15 (of a server and a web page).
 
 """
 GROUPS = {"C": "Checkpoints, resume, elasticity", "R": "Signals, hangs, numerics", "D": "Data", "S": "Security of inputs"}

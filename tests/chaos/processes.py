@@ -24,8 +24,8 @@ PR_SET_PDEATHSIG = 1
 
 
 def fork(work: Callable[[], object], log: Path, group: int = 0) -> int:
-    """The pid of a child that does `work`, leads or joins a process group, and ends with its parent. Its exit code: 0, that of
-    SystemExit, or 1 after any other exception, which `log` then holds like all that it prints."""
+    """The pid of a child that does `work`, leads or joins a process group, and ends with its parent. Its exit code: 0, that
+    of SystemExit, or 1 after any other exception, which `log` then holds like all that it prints."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -123,8 +123,8 @@ def free_port() -> int:
 
 
 def die_at(point: int, folder: Path) -> Callable[[], int]:
-    """Kill this process, as a power cut would, just before it asks the system for the point-th time (from 0) for something in
-    `folder`. Returns what counts how often it has."""
+    """Kill this process, as a power cut would, just before it asks the system for the point-th time (from 0) for something
+    in `folder`. Returns what counts how often it has."""
     asked, here = itertools.count(), str(folder)
     seen = [0]
 

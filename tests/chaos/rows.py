@@ -1,4 +1,4 @@
-"""Rows of the fault catalogue: what goes wrong, what is to happen then, and a function that lets it go wrong so many times."""
+"""Rows of the fault catalogue: what goes wrong, what is to happen then, and a function that lets it go wrong often."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,19 +52,19 @@ class Row:
     """Trials in `make test`; 0: none there."""
 
 
-ROWS: dict[str, Row] = {}
-"""By the catalogue's number, in its order once all modules of rows are imported."""
+ENTERED: dict[str, Row] = {}
+"""By the catalogue's number, as modules of rows are imported."""
 
 LIMIT_SECONDS = 300.0
 """After which a row is given up."""
 
 
 def row(name: str, fault: str, expected: str, target: str, trials: int = 1, fast: int = 1) -> Callable[[Play], Play]:
-    """Enter a function into ROWS."""
+    """Enter a function into ENTERED."""
 
     def enter(play: Play) -> Play:
-        assert name not in ROWS, name
-        ROWS[name] = Row(fault, expected, target, play, trials, fast)
+        assert name not in ENTERED, name
+        ENTERED[name] = Row(fault, expected, target, play, trials, fast)
         return play
 
     return enter

@@ -1,4 +1,4 @@
-"""Rows R1 to R13: a training that is stopped, hangs, loses a process, or meets numbers that are none."""
+"""Rows R1 to R5, R8 and R9: a training that is stopped, hangs or loses a process."""
 
 import multiprocessing
 import os
@@ -6,28 +6,17 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForImageTextToText
-
 from data.loader import Data, Loader, World
-from data.shards import Shards
-from model.assets import fingerprint, tensors_of
-from model.files import read_json, write_json
-from tests import tiny
 from tests.chaos.processes import launch, torchrun, until, wait
 from tests.chaos.rows import Outcome, row
 from tests.test_loop import SCHEDULE, lines, state, train
-from tests.test_shards import png, write_tar
-from tests.toy import BATCH, CLIP_NORM, STEPS, Toy, advance, plain_torch
-from tests.two_ranks import tiny_run
+from tests.toy import BATCH, Toy
 from train import checkpoint, doctor, run, saving
-from train.engine import KINDS, EngineConfig
-from train.guard import Diverged, GuardConfig
+from train.engine import EngineConfig
 from train.loop import fit
 from train.metrics import MetricsConfig
 from train.ranks import start
@@ -56,9 +45,13 @@ class Slow(Toy):
 
 
 @row(
-    "R1", "SIGTERM to one rank, or to torchrun's agent", "agreed by all ranks within a step, saved, exit 75; the run goes on",
-    "20 of 20 saved", trials=20, fast=2,
-)  # fmt: skip
+    "R1",
+    "SIGTERM to one rank, or to torchrun's agent",
+    "agreed by all ranks within a step, saved, exit 75; the run goes on",
+    "20 of 20 saved",
+    trials=20,
+    fast=2,
+)
 def preempted(trials: int, folder: Path) -> Outcome:
     """One run, stopped so many times at random moments and started again; at its end it is one that was never stopped."""
     outcome, draw, took, before = Outcome(), random.Random(0), [], 0
@@ -95,8 +88,11 @@ def preempted(trials: int, folder: Path) -> Outcome:
             good, f"{'agent' if by_agent else 'rank'}: exit codes {codes}, step {before} to {step}, last said {told}"
         )
         before = step
-    codes = wait(launch(2, lambda rank: trained(folder / "straight", Toy(start(60), CONFIG), steps=before, save_every=before),
-                        folder / "log"), 200)  # fmt: skip
+
+    def straight(rank: int) -> None:
+        trained(folder / "straight", Toy(start(60), CONFIG), steps=before, save_every=before)
+
+    codes = wait(launch(2, straight, folder / "log"), 200)
     alike = codes == [0, 0] and state(folder / "straight", before) == state(run, before)
     outcome.add(alike, f"after {before} steps the run is not the one that was never stopped")
     outcome.seen = f"all ended within {max(took):.1f} s; after {before:,} steps bit for bit the run that was never stopped"
@@ -127,9 +123,13 @@ class Reading(Toy):
 
 
 @row(
-    "R2", "a signal to the whole process group, as Slurm, Ctrl-C and Kubernetes send it", "loader workers live on, the run saves",
-    "no worker lost in 3 start methods x 3 signals", trials=9, fast=2,
-)  # fmt: skip
+    "R2",
+    "a signal to the whole process group, as Slurm, Ctrl-C and Kubernetes send it",
+    "loader workers live on, the run saves",
+    "no worker lost in 3 start methods x 3 signals",
+    trials=9,
+    fast=2,
+)
 def whole_group(trials: int, folder: Path) -> Outcome:
     """fork, spawn and forkserver; each stopped run then goes on to the end of one that was not."""
     outcome = Outcome()
@@ -159,9 +159,9 @@ def long_save(_: int, folder: Path) -> Outcome:
     run.mkdir()
 
     class Patient(saving.Saver):
-        def save(self, step: int, samples: int) -> Path:
+        def begin(self, step: int, samples: int) -> None:
             time.sleep(40)
-            return super().save(step, samples)
+            super().begin(step, samples)
 
     def work() -> None:
         from train import loop
@@ -196,13 +196,17 @@ def not_passed_on(_: int, folder: Path) -> Outcome:
     return outcome
 
 
-PHASES = ("batches", "step", "preview", "saving", "release")
+PHASES = ("batches", "step", "preview", "saving", "waiting for a save", "release")
 
 
 @row(
-    "R5", "a signal in any phase; and a second one", "the phase ends and is saved; the second ends at once and what is saved is whole",
-    "one unit of work; nothing corrupted", trials=3, fast=1,
-)  # fmt: skip
+    "R5",
+    "a signal in any phase; and a second one",
+    "the phase ends and is saved; the second ends at once and what is saved is whole",
+    "one unit of work; nothing corrupted",
+    trials=3,
+    fast=1,
+)
 def any_phase(trials: int, folder: Path) -> Outcome:
     """Reading, stepping, previewing, saving and releasing, with one signal or two."""
     outcome = Outcome()
@@ -235,9 +239,13 @@ def any_phase(trials: int, folder: Path) -> Outcome:
             super().release(folder)
 
     class Saver(saving.Saver):
-        def save(self, step: int, samples: int) -> Path:
+        def begin(self, step: int, samples: int) -> None:
             task.send("saving")
-            return super().save(step, samples)
+            super().begin(step, samples)
+
+        def settle(self) -> str | None:
+            task.send("waiting for a save")
+            return super().settle()
 
     task: Any = None
     schedule: dict[str, Any] = {"preview_every": 2}
@@ -270,74 +278,13 @@ def any_phase(trials: int, folder: Path) -> Outcome:
 
 
 @row(
-    "R6", "the loss is not finite on one rank", "the step is refused on all ranks, weights untouched, samples named; 3 in a row end it",
-    "weights bit-equal",
-)  # fmt: skip
-def not_finite(_: int, folder: Path) -> Outcome:
-    """A poisoned sample that one of two ranks sees, at every ZeRO stage; then three steps of them."""
-    outcome = Outcome()
-
-    def work(rank: int) -> None:
-        ranks, seen = start(60), []
-        for zero in (0, 1, 2, 3):
-            config = replace(CONFIG, zero=zero)
-            for accumulation in (1, 2):
-                task = Toy(ranks, config, accumulation=accumulation, poison=frozenset({2 * BATCH + 1}))
-                advance(task, 0, 2)
-                before = [tensor.tolist() for kind in KINDS for _, tensor in task.engine.tensors(kind)]
-                refused = advance(task, 2, 3)[0].objection
-                after = [tensor.tolist() for kind in KINDS for _, tensor in task.engine.tensors(kind)]
-                goes_on = advance(task, 3, 4)[0].objection is None
-                seen.append([f"ZeRO {zero}, {accumulation} micro-batches", refused, before == after, goes_on])
-        write_json(folder / f"rank{rank}.json", seen)
-        poison = frozenset({n * BATCH + 1 for n in (1, 2, 3)})
-        try:
-            train(folder / "run", Toy(ranks, CONFIG, poison=poison))
-        except Diverged as error:
-            raise SystemExit(1) from error
-
-    codes = wait(launch(2, work, folder / "log"), 60)
-    for rank in (0, 1):
-        for name, refused, same, goes_on in read_json(folder / f"rank{rank}.json"):
-            outcome.add(
-                refused == "loss is nan" and same and goes_on, f"rank {rank}, {name}: {refused}, same {same}, on {goes_on}"
-            )
-    told = [(line["step"], line["samples"]) for line in lines(folder / "run") if line.get("event") == "refused"]
-    expected = [(n + 1, f"{n * BATCH}-{(n + 1) * BATCH - 1}") for n in (1, 2, 3)]
-    outcome.add(codes == [1, 1] and told == expected, f"three in a row: exit codes {codes}, told {told}")
-    return outcome
-
-
-@row(
-    "R7",
-    "a spike of the loss, short or for ever",
-    "its steps are not taken; one that does not end ends the run",
-    "no endless loop",
+    "R8",
+    "one rank hangs, or dies",
+    "it says where and exits 6, the others end too",
+    "limit of 3 s + 5 s",
+    trials=3,
+    fast=1,
 )
-def spike(_: int, folder: Path) -> Outcome:
-    """Spikes of one to five steps, and one that lasts; each run is started again until it ends, or five times."""
-    outcome = Outcome()
-    config = replace(CONFIG, guard=GuardConfig(settle_steps=2, stop_after=3))
-    for length in (1, 2, 3, 5, 100):
-        spiked = frozenset(n * BATCH for n in range(3, 3 + length))
-        starts, steps, ended = 0, 0, False
-        while not ended and starts < 5:
-            starts += 1
-            task = Toy(start(60), config, spike=spiked)
-            try:
-                ended = train(folder / str(length), task, steps=12, save_every=1, keep=2)
-            except Diverged:
-                pass
-            steps = task.engine.steps
-        refused = [line["step"] for line in lines(folder / str(length)) if line.get("event") == "refused"]
-        good = ended and refused == list(range(4, 4 + length)) if length < 3 else bool(refused)
-        outcome.add(good and steps <= 12, f"a spike of {length} steps: {starts} starts, refused {refused}, ended {ended}")
-    return outcome
-
-
-@row(
-    "R8", "one rank hangs, or dies", "it says where and exits 6, the others end too", "limit of 3 s + 5 s", trials=3, fast=1,
-)  # fmt: skip
 def hangs_or_dies(trials: int, folder: Path) -> Outcome:
     """In a step, in reading, in a save; by kill -9. On two ranks."""
     outcome, slowest = Outcome(), 0.0
@@ -395,9 +342,13 @@ def hangs_or_dies(trials: int, folder: Path) -> Outcome:
 
 
 @row(
-    "R9", "the system kills a loader worker (out of memory)", "one sentence with the samples, exit 2; the same command goes on",
-    "ends in < 30 s", trials=5, fast=1,
-)  # fmt: skip
+    "R9",
+    "the system kills a loader worker (out of memory)",
+    "one sentence with the samples, exit 2; the same command goes on",
+    "ends in < 30 s",
+    trials=5,
+    fast=1,
+)
 def worker_killed(trials: int, folder: Path) -> Outcome:
     """kill -9 of a worker between two batches."""
     outcome, slowest = Outcome(), 0.0
@@ -427,132 +378,4 @@ def worker_killed(trials: int, folder: Path) -> Outcome:
         good = (codes, again) == ([2], [0]) and said and slowest < 30 and state(run) == state(folder / "straight")
         outcome.add(good, f"exit codes {codes}, then {again}; {log.read_text()[-300:]}")
     outcome.seen = f"ended within {slowest:.1f} s, start included"
-    return outcome
-
-
-@row(
-    "R10", "shards of odd sizes on any number of ranks", "each rank takes the same number of steps, each sample comes once an epoch",
-    "equal for 200 layouts", trials=200, fast=10,
-)  # fmt: skip
-def uneven(trials: int, folder: Path) -> Outcome:
-    """Up to seven shards of one to nine samples on one to four ranks, read for two epochs and a part."""
-    outcome, draw, picture = Outcome(), random.Random(0), png("red", (2, 2))
-    for layout in range(trials):
-        sizes = [draw.randint(1, 9) for _ in range(draw.randint(1, 7))]
-        place, world, share = folder / str(layout), draw.randint(1, 4), draw.randint(1, 3)
-        place.mkdir()
-        for shard, size in enumerate(sizes):
-            members = [(f"{n}.{kind}", data) for n in range(size) for kind, data in (("png", picture), ("txt", b"x"))]
-            write_tar(place / f"{shard}.tar", members)
-        data = Data(sources=(Shards(f"{place}/*.tar"),), image_size=2)
-        total, steps = sum(sizes), (2 * sum(sizes)) // (world * share) + 1
-        seen, counts = [], set()
-        for rank in range(world):
-            loader = Loader(data, Places(), share, rank, world)
-            batches = [batch for batch, _ in zip(loader, range(steps), strict=False)]
-            counts.add((len(batches), sum(len(batch) for batch in batches)))
-            seen += [pair for batch in batches for pair in batch]
-        order = [number for number, _ in sorted(seen)]
-        places = [loader._batches._order.place(number).index for number in order]
-        epochs = [sorted(places[at : at + total]) for at in (0, total)]
-        good = counts == {(steps, steps * share)} and order == list(range(steps * share * world))
-        good = good and all(epoch == list(range(total)) for epoch in epochs)
-        outcome.add(good, f"shards of {sizes} on {world} ranks x {share}: {counts}")
-    return outcome
-
-
-class Places:
-    """Collate: (sample number, key) of each."""
-
-    def __call__(self, records: Sequence[Any], indices: Sequence[int]) -> list[tuple[int, str]]:
-        return [(index, record.key) for index, record in zip(indices, records, strict=True)]
-
-
-@row("R11", "what clipping and accumulation mean", "losses and gradient norms of plain torch", "<= 1e-6")
-def as_plain_torch(_: int, folder: Path) -> Outcome:
-    """AdamW and clip_grad_norm_ on whole batches, against every ZeRO stage on two ranks and one, whole and in micro-batches."""
-    outcome, losses, norms = Outcome(), *plain_torch(STEPS)[:2]
-
-    def work(rank: int) -> None:
-        ranks, seen = start(60), []
-        for zero in (0, 1, 2, 3):
-            for accumulation in (1, 2, 4)[: 3 if ranks.world == 1 else 2]:
-                config = replace(CONFIG, zero=zero, clip_norm=CLIP_NORM)
-                steps = advance(Toy(ranks, config, accumulation=accumulation), 0, STEPS)
-                name = f"{ranks.world} rank(s), ZeRO {zero}, {accumulation} micro-batches"
-                seen.append([name, [step.loss for step in steps], [step.grad_norm for step in steps]])
-        if ranks.first:
-            write_json(folder / f"{ranks.world}.json", seen)
-
-    furthest = 0.0
-    for world in (1, 2):
-        assert wait(launch(world, work, folder / "log"), 60) == [0] * world
-        for name, theirs, their_norms in read_json(folder / f"{world}.json"):
-            apart = max(abs(a - b) for a, b in zip(theirs + their_norms, losses + norms, strict=True))
-            furthest = max(furthest, apart)
-            outcome.add(apart <= 1e-6, f"{name}: {apart:.1e} apart")
-    outcome.seen = f"largest difference {furthest:.1e}"
-    return outcome
-
-
-@row(
-    "R12",
-    "50 steps with weight decay",
-    "what is frozen stays frozen",
-    "sha256 of every frozen tensor equal",
-    trials=50,
-    fast=5,
-)
-def frozen(trials: int, folder: Path) -> Outcome:
-    """A whole bridge of which two parts of the decoder train: MLLM, VAE and the rest of the decoder, tensor by tensor."""
-    outcome = Outcome()
-    task = bridge(folder, "--task.model.trainable", "sit.blocks.1.*", "sit.unembed.*")
-    trains = set(task.engine.shapes())
-
-    def hashes() -> dict[str, str]:
-        parts = {"mllm": task.model.mllm.model, "vae": task.model.vae.autoencoder, "bridge": task.model}
-        tensors = {f"{name}.{key}": t for name, part in parts.items() for key, t in tensors_of(part).items()}
-        return {key: fingerprint({"": t}) for key, t in tensors.items() if key.removeprefix("bridge.") not in trains}
-
-    before, batches = hashes(), task.batches(0)
-    for _ in range(trials):
-        task.step(next(batches))
-    after = hashes()
-    for name, sha256 in before.items():
-        outcome.add(after[name] == sha256, f"{name} has changed")
-    outcome.seen = f"{len(before)} tensors after {trials} steps"
-    return outcome
-
-
-def bridge(folder: Path, *words: str) -> Any:
-    """The tiny MetaQuery task with its parts below `folder`."""
-    tiny.metaquery_config(folder)
-    given = run.parse(tiny_run(folder, folder / "run", "--optim.weight-decay", "0.1", *words))
-    torch.manual_seed(0)
-    return given.task.build(given, start(60))
-
-
-@row(
-    "R13", "queries are attached and trained", "the MLLM answers as it did", "logits bit-equal; states of a prefix <= 1e-6",
-    trials=10, fast=2,
-)  # fmt: skip
-def understanding(trials: int, folder: Path) -> Outcome:
-    """Against transformers' own class on the same weights, before and after training, on prefixes of texts and pictures."""
-    outcome = Outcome()
-    task = bridge(folder)
-    mllm = task.model.mllm
-    stock = AutoModelForImageTextToText.from_pretrained(folder / "mllm", dtype=torch.float32).eval()
-    prefixes = [mllm.builder([turns]) for turns in tiny.conversations()]
-    batches, furthest = task.batches(0), 0.0
-    for step in range(trials + 1):
-        for prefix in prefixes:
-            with torch.no_grad():
-                expected = stock(**mllm.arguments(prefix), use_cache=False).logits
-                queries = task.model.queries()
-                read, whole = mllm.read(prefix, queries), mllm.read_full(prefix, queries)
-            furthest = max(furthest, float((read - whole).abs().max()))
-            same = torch.equal(mllm.logits(prefix), expected)
-            outcome.add(same and furthest <= 1e-6, f"after {step} steps: logits equal {same}, states {furthest:.1e} apart")
-        task.step(next(batches))
-    outcome.seen = f"queries read from a kept prefix or with it: states {furthest:.1e} apart"
     return outcome
