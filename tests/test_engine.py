@@ -11,7 +11,7 @@ from tests.toy import BATCH, CLIP_NORM, STEPS, Toy, advance, digest, plain_torch
 from tests.two_ranks import CASES, SAVED_AT, ZERO_STAGES, losses, results, tiny_run
 from train import checkpoint, run
 from train.compiled import compile_blocks
-from train.engine import EngineConfig, deepspeed_config
+from train.engine import KINDS, EngineConfig, deepspeed_config
 from train.ranks import start
 
 NAMES = [f"{zero}-{precision}" for zero, precision in CASES]
@@ -77,6 +77,32 @@ def test_nan_on_one_rank_is_refused_by_both(name):
         assert seen["refused"] == 1
         assert seen["unchanged"]
         assert seen["goes_on"]
+
+
+def test_two_ranks_go_back_together_past_what_one_refuses(tmp_path):
+    """To where one rank comes with the same batches."""
+    out, first, second = results()
+    root = out / "diverging" / "checkpoints"
+    end = checkpoint.verify(root / f"step-{STEPS:08d}")
+    assert first["diverging"]["digest"] == second["diverging"]["digest"]
+    assert (end.world, end.samples, end.skipped) == (2, (STEPS + 2) * BATCH, [(2 * BATCH, 4 * BATCH - 1)])
+    assert [path.name[-1] for path in sorted(root.iterdir())] == ["4", "6"]
+
+    alone = Toy(start(60), EngineConfig(zero=1, precision="fp32"))
+    advance(alone, 0, 2)
+    advance(alone, 4, 8)
+    moved = Toy(start(60), EngineConfig(zero=1, precision="fp32"))
+    checkpoint.load(root / f"step-{STEPS:08d}", moved.engines, start(60))
+    for kind in KINDS:
+        for (name, ours), (_, theirs) in zip(moved.engine.tensors(kind), alone.engine.tensors(kind), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5, msg=f"{kind} of {name}")
+
+
+def test_a_checkpoint_that_one_rank_does_not_see_is_refused_by_both():
+    _, first, second = results()
+    for seen in (first["diverging"], second["diverging"]):
+        assert "elsewhere is not a checkpoint" in seen["problem"]
+        assert seen["seconds"] < 5
 
 
 def test_metaquery_on_two_ranks_has_the_losses_of_one(tmp_path):

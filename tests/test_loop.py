@@ -13,13 +13,14 @@ import pytest
 
 from tests.toy import BATCH, STEPS, Toy
 from train import checkpoint, saving
-from train.engine import EngineConfig
+from train.engine import KINDS, EngineConfig
 from train.guard import Diverged, GuardConfig
 from train.loop import Schedule, fit
 from train.metrics import MetricsConfig
 from train.ranks import start
 
-CONFIG = EngineConfig(zero=1, precision="fp32", guard=GuardConfig(stop_after=3))
+CONFIG = EngineConfig(zero=1, precision="fp32", guard=GuardConfig(stop_after=3, rollbacks=0))
+TWICE = replace(CONFIG, guard=GuardConfig(stop_after=2, rollbacks=2))
 SCHEDULE = Schedule(steps=STEPS, batch_size=BATCH, log_every=1, save_every=2)
 
 
@@ -181,6 +182,86 @@ def test_bad_steps_in_a_row_stop_the_run(tmp_path):
         train(tmp_path, task)
     assert state(tmp_path, step=2)[2] == 2  # saved before it went wrong
     assert task.engine.steps == 4
+
+
+class Watched(Toy):
+    """Remembers the batches that it was given."""
+
+    def __init__(self, *given, **more):
+        super().__init__(*given, **more)
+        self.seen: list[int] = []
+
+    def step(self, batch):
+        self.seen.append(batch[0] // BATCH)
+        return super().step(batch)
+
+
+def finite(task: Toy) -> bool:
+    return all(tensor.isfinite().all() for kind in KINDS for _, tensor in task.engine.tensors(kind))
+
+
+def batches_of(*numbers: int) -> frozenset[int]:
+    """The first sample of each batch."""
+    return frozenset(number * BATCH for number in numbers)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_run_that_diverges_goes_on_from_its_checkpoint_past_the_window(zero, tmp_path):
+    """As one does that has the checkpoint from the beginning and never meets the window."""
+    config = replace(TWICE, zero=zero)
+    task = Watched(start(60), config, poison=batches_of(2, 3))
+    assert train(tmp_path / "one", task)
+    assert task.seen == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert finite(task)
+    assert task.engine.steps == STEPS
+    found = lines(tmp_path / "one")
+    [event] = [line for line in found if line.get("event") == "rolled back"]
+    assert (event["step"], event["from_step"], event["skipped"]) == (2, 4, f"{2 * BATCH}-{4 * BATCH - 1}")
+    assert "2 steps in a row were refused up to step 4 (loss is nan)" in event["reason"]
+    assert [row[0] for row in numbers(tmp_path / "one")] == list(range(1, STEPS + 1))
+    end = checkpoint.manifest_of(tmp_path / "one" / "checkpoints" / f"step-{STEPS:08d}")
+    assert (end.samples, end.skipped) == (8 * BATCH, [(2 * BATCH, 4 * BATCH - 1)])
+
+    train(tmp_path / "two", Toy(start(60), config), steps=2)
+    path = tmp_path / "two" / "checkpoints" / "step-00000002"
+    checkpoint.rewrite(path, replace(checkpoint.manifest_of(path), samples=4 * BATCH))
+    assert train(tmp_path / "two", Toy(start(60), config))
+    assert numbers(tmp_path / "two")[2:] == numbers(tmp_path / "one")[2:]
+    assert state(tmp_path / "two")[0] == state(tmp_path / "one")[0]
+
+
+def test_a_spike_that_stays_is_left_behind_too(tmp_path):
+    config = replace(TWICE, guard=replace(TWICE.guard, settle_steps=1))
+    task = Watched(start(60), config, spike=batches_of(2, 3))
+    assert train(tmp_path, task)
+    assert task.seen == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert [line["skipped"] for line in lines(tmp_path) if line.get("event") == "rolled back"] == ["16-31"]
+
+
+def test_what_is_poisoned_for_ever_ends_the_run_after_its_rollbacks(tmp_path):
+    task = Watched(start(60), TWICE, poison=batches_of(*range(2, 100)))
+    with pytest.raises(Diverged, match=r"refused up to step 4 \(loss is nan\), after 2 rollbacks; lower optim.lr"):
+        train(tmp_path, task)
+    assert task.seen == [0, 1, 2, 3, 4, 5, 6, 7]  # three windows of two
+    again = Watched(start(60), TWICE, poison=batches_of(*range(2, 100)))
+    with pytest.raises(Diverged):
+        train(tmp_path, again)
+    assert again.seen == [6, 7]  # how often it went back is remembered, and how far it came
+    with pytest.raises(Diverged, match=r"refused up to step 2 \(loss is nan\); lower"):
+        train(tmp_path / "other", Toy(start(60), TWICE, poison=batches_of(0, 1)), save_every=5)  # nothing to go back to
+
+
+def test_a_crash_after_a_rollback_goes_on_as_without_it(tmp_path):
+    poison = batches_of(2, 3)
+    assert train(tmp_path / "whole", Toy(start(60), TWICE, poison=poison))
+    with pytest.raises(Crash):
+        train(tmp_path / "cut", Crashing(start(60), TWICE, poison=poison))
+    assert checkpoint.held(tmp_path / "cut" / "checkpoints")[-1].name == "step-00000002"
+    resumed = Watched(start(60), TWICE, poison=poison)
+    assert train(tmp_path / "cut", resumed)
+    assert resumed.seen == [4, 5, 6, 7]
+    assert state(tmp_path / "cut") == state(tmp_path / "whole")
+    assert [line for line in lines(tmp_path / "cut") if line.get("event") == "rolled back"]
 
 
 class Measured(Toy):

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,9 @@ from tests import tiny, tiny_repae
 from tests.toy import BATCH, CLIP_NORM, STEPS, Toy, advance, digest, rows, save
 from train import checkpoint, run
 from train.engine import KINDS, EngineConfig
+from train.guard import GuardConfig
+from train.loop import Schedule, fit
+from train.metrics import MetricsConfig
 from train.ranks import Ranks, start
 
 ROOT = Path(__file__).parent.parent
@@ -121,6 +125,23 @@ def case(ranks: Ranks, out: Path, zero: Stage, precision: Precision) -> dict[str
     }
 
 
+def diverging(ranks: Ranks, out: Path) -> dict[str, Any]:
+    """A whole run that saves in the background and meets two batches with a NaN on rank 1 alone; then what a checkpoint says
+    that rank 1 does not see."""
+    guard = GuardConfig(stop_after=2, rollbacks=1)
+    config = EngineConfig(zero=2, precision="fp32", guard=guard)
+    task = Toy(ranks, config, poison=frozenset({2 * BATCH + 1, 3 * BATCH + 1}))
+    schedule = Schedule(steps=STEPS, batch_size=BATCH, log_every=1, save_every=2)
+    fit(task, schedule, seed=0, folder=out, config={}, resume="auto", metrics=MetricsConfig(), ranks=ranks)
+    path = checkpoint.path_of(out / "checkpoints", STEPS)
+    began, problem = time.monotonic(), ""
+    try:
+        checkpoint.load(path if ranks.first else out / "elsewhere", task.engines, ranks)
+    except ValueError as error:
+        problem = str(error)
+    return {"digest": digest(task.engine), "problem": problem, "seconds": time.monotonic() - began}
+
+
 def repae(ranks: Ranks, out: Path, name: str) -> dict[str, Any]:
     """REPA-E's three engines; rank 0 leaves their weights in OUT/NAME.pt."""
     kind, zero, accumulation = name.split("-")[0], *(int(part) for part in name.split("-")[1:])
@@ -140,6 +161,7 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     ranks = start(timeout_seconds=300)
     seen = {f"{zero}-{precision}": case(ranks, out, zero, precision) for zero, precision in CASES}
+    seen["diverging"] = diverging(ranks, out / "diverging")
     seen |= {name: repae(ranks, out, name) for name in (*REPAE, PROMPTED)}
     for zero in ZERO_STAGES:
         run.main(tiny_run(out, out / f"tiny-{zero}", "--engine.zero", str(zero)))

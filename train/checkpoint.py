@@ -50,12 +50,13 @@ class Manifest:
     config: dict[str, Any]
     sha256: dict[str, str]  # by file name
     frozen: dict[str, str] = field(default_factory=dict)  # sha256 of what the run reads and does not train, data included
+    skipped: list[tuple[int, int]] = field(default_factory=list)  # first and last sample of each window rolled back over
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the `last` so many, those of `every` so many steps (0: no others), and the one with the highest
-    (or lowest) `best`, a measure that was noted."""
+    """Which checkpoints stay: the `last` so many, those of `every` so many steps (0: no others), and the one whose measure
+    `best` is the highest (or lowest)."""
 
     last: int
     every: int = 0
@@ -65,13 +66,17 @@ class Keep:
 
 def publish(partial: Path, final: Path, manifest: Manifest) -> None:
     """Give a folder that holds all files its manifest and its name. Raises OSError when the disk does not take it."""
-    text = partial / "manifest.json"
-    text.write_text(json.dumps(asdict(manifest), indent=2))
-    sync(text)
+    _write_manifest(partial / "manifest.json", manifest)
     if final.exists():
         _drop(final)
     os.replace(partial, final)
     sync(final.parent)
+
+
+def rewrite(path: Path, manifest: Manifest) -> None:
+    """Let a checkpoint say something else about itself; a crash leaves the one or the other."""
+    write_whole(path / "manifest.json", lambda draft: _write_manifest(draft, manifest))
+    sync(path)
 
 
 def prune(root: Path, keep: Keep) -> None:
@@ -176,6 +181,7 @@ def manifest_of(path: Path) -> Manifest:
         raise ValueError(f"{path / 'manifest.json'} is damaged") from error
     if content.get("format") not in READABLE:
         raise ValueError(f"{path} has checkpoint format {content.get('format')}; this program reads up to {FORMAT}")
+    content["skipped"] = [(first, last) for first, last in content.get("skipped", ())]
     return Manifest(**content)
 
 
@@ -196,8 +202,12 @@ def other_parts(manifest: Manifest, frozen: Mapping[str, str]) -> list[str]:
 def load(path: Path, engines: Mapping[str, Engine], ranks: Ranks) -> Manifest:
     """Fill the engines from a checkpoint that `find` returned. Every rank calls it.
 
-    Raises ValueError when the checkpoint is of other modules.
+    Raises ValueError, on every rank, when the checkpoint is of other modules or one rank does not see it.
     """
+    return on_all(ranks, lambda: _load(path, engines))
+
+
+def _load(path: Path, engines: Mapping[str, Engine]) -> Manifest:
     manifest = manifest_of(path)
     if set(manifest.counters) != set(engines):
         raise ValueError(f"{path} trains {sorted(manifest.counters)}, this run trains {sorted(engines)}; choose another out")
@@ -210,7 +220,6 @@ def load(path: Path, engines: Mapping[str, Engine], ranks: Ranks) -> Manifest:
             with safe_open(path / f"{name}.buffers.safetensors", framework="pt") as file:
                 for key, buffer in engine.buffers().items():
                     buffer.copy_(file.get_tensor(key))
-    ranks.barrier()
     return manifest
 
 
@@ -257,6 +266,20 @@ def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
     return result
 
 
+def on_all(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What `work`, which takes no other rank, gives on each; what it raises for the user on one is raised on every rank."""
+    result, error = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as caught:
+        error = caught
+    errors = [each for each in ranks.gather(error) if each is not None]
+    if errors:
+        raise errors[0]
+    assert result is not None
+    return result
+
+
 def path_of(root: Path, step: int) -> Path:
     """Where the checkpoint of a step is."""
     return root / f"step-{step:08d}"
@@ -272,6 +295,11 @@ def empty(folder: Path) -> None:
     for leftover in folder.parent.glob(".step-*"):
         shutil.rmtree(leftover)
     folder.mkdir(parents=True)
+
+
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    path.write_text(json.dumps(asdict(manifest), indent=2))
+    sync(path)
 
 
 def _drop(path: Path) -> None:

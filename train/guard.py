@@ -15,11 +15,15 @@ class GuardConfig:
     settle_steps: int = 100
     """Accepted steps before the running mean is trusted."""
     stop_after: int = 3
-    """Refused steps in a row that end the run."""
+    """Refused steps in a row that take the run back to its last checkpoint, or end it."""
+    rollbacks: int = 2
+    """How often a run goes back, to go on past the samples up to there; 0: it ends at once."""
 
     def __post_init__(self) -> None:
         if self.stop_after < 1:
             raise ValueError(f"engine.guard.stop_after is {self.stop_after}; give 1 or more")
+        if self.rollbacks < 0:
+            raise ValueError(f"engine.guard.rollbacks is {self.rollbacks}; give 0 (none) or more")
         if self.spike and self.spike <= 1:
             raise ValueError(f"engine.guard.spike is {self.spike}; give a factor above 1, or 0 for none")
 

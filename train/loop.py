@@ -19,9 +19,9 @@ import torch
 
 from model.files import write_whole
 from train import checkpoint
-from train.guard import Diverged
 from train.metrics import Metrics, MetricsConfig, Window
 from train.ranks import Ranks, seed_step
+from train.rollback import Skipped, refusals, roll_back
 from train.saving import Saver
 from train.task import Task
 from train.watchdog import WatchConfig, Watchdog
@@ -83,9 +83,10 @@ def fit(
 ) -> bool:
     """Train to the last step from wherever `folder` stands; every rank calls it.
 
-    `config` is stored in checkpoints. False when a signal stopped the run early, after saving. Raises `Diverged` when
-    too many steps in a row were refused, and OSError when the state at the end cannot be saved; any other save that fails is
-    only told. A part that takes longer than `watch` allows ends the process.
+    `config` is stored in checkpoints. False when a signal stopped the run early, after saving. Raises `Diverged` when too
+    many steps in a row were refused and going back did not help, ValueError for settings that the task does not fit, and
+    OSError when the state at the end cannot be saved; any other save that fails is only told. A part that takes longer than
+    `watch` allows ends the process.
     """
     if schedule.keep_best and schedule.keep_best not in task.measures():
         known = ", ".join(sorted(task.measures())) or "nothing"
@@ -93,7 +94,7 @@ def fit(
             f"schedule.keep_best is {schedule.keep_best}, and this run's previews measure {known}; name one of it"
         )
     frozen = {**task.frozen(), **task.reads()} if ranks.first else {}
-    step, samples, changed = _resume(task, folder, resume, config, frozen, allow_change, ranks)
+    step, samples, skipped, changed = _resume(task, folder, resume, config, frozen, allow_change, ranks)
     root = folder / "checkpoints"
     keep = checkpoint.Keep(schedule.keep, schedule.keep_every, schedule.keep_best, lowest=schedule.best_is == "lowest")
     with (
@@ -118,8 +119,16 @@ def fit(
             dog.where = f"step {step + 1}, samples {samples} to {samples + schedule.batch_size - 1}"
             with _workers_named(dog.where):
                 _step(task, batches, window, clock, dog, schedule.accumulation, seed, step, ranks)
-            _report_refusals(task, log, step, samples, schedule.batch_size)
+            why = refusals(task, log, step + 1, samples, schedule.batch_size)
             step, samples = step + 1, samples + schedule.batch_size
+            if why:
+                with dog.limit("save"):
+                    saver.settle()
+                    back = roll_back(task, root, step, samples, skipped, why, log, ranks)
+                step, skipped = back.step, back.skipped
+                batches, window = task.batches(samples), Window()
+                clock.restart()
+                continue
             last = step == schedule.steps
             stop = ranks.any(bool(interrupted))  # the engine has just waited for the device; launchers kill after 30 s
             if step % schedule.log_every == 0 or last:
@@ -128,7 +137,9 @@ def fit(
                 log.advance(step)
             if step % schedule.save_every == 0 or last or stop:
                 with dog.limit("save"):
-                    saver.begin(step, samples)
+                    saver.begin(step, samples, skipped)
+                    if stop:
+                        saver.finish()
                 clock.restart()
             saver.report()
             if last or (schedule.preview_every and step % schedule.preview_every == 0):
@@ -138,8 +149,6 @@ def fit(
                         saver.note(step, measured)
                 clock.restart()
             if stop and not last:
-                with dog.limit("save"):
-                    saver.finish()
                 log.event(step, "stopped", signal=interrupted[0] if interrupted else "on another rank")
                 return False
         with dog.limit("save"):
@@ -184,16 +193,16 @@ def _resume(
     frozen: dict[str, str],
     allow_change: bool,
     ranks: Ranks,
-) -> tuple[int, int, list[str]]:
-    """Load the checkpoint that `resume` means: (step, samples, settings changed since); zeros for a fresh run."""
+) -> tuple[int, int, Skipped, list[str]]:
+    """Load the checkpoint that `resume` means: (step, samples, windows skipped, settings changed since)."""
     path = checkpoint.find(folder / "checkpoints", resume, ranks)
     if path is None:
-        return 0, 0, []
+        return 0, 0, [], []
     manifest = checkpoint.load(path, task.engines, ranks)
     if not allow_change:
         checkpoint.on_first(ranks, lambda: checkpoint.check_frozen(path, manifest, frozen))
     changed = [f"another {part}" for part in checkpoint.other_parts(manifest, frozen)]
-    return manifest.step, manifest.samples, changed + checkpoint.differences(manifest.config, config)
+    return manifest.step, manifest.samples, manifest.skipped, changed + checkpoint.differences(manifest.config, config)
 
 
 def _step(
@@ -233,21 +242,6 @@ def _workers_named(where: str) -> Iterator[None]:
             f"a process of data.workers was ended from outside at {where} ({str(error).splitlines()[0].strip()}); "
             "if memory ran out, lower data.workers; run again to go on from the last checkpoint"
         ) from error
-
-
-def _report_refusals(task: Task, log: Metrics, step: int, samples: int, batch_size: int) -> None:
-    """Say which steps were refused; stop when it does not end."""
-    for name, engine in task.engines.items():
-        if engine.last is None or engine.last.objection is None:
-            continue
-        log.event(
-            step + 1, "refused", engine=name, reason=engine.last.objection, samples=f"{samples}-{samples + batch_size - 1}"
-        )
-        if engine.guard.in_a_row >= engine.config.guard.stop_after:
-            raise Diverged(
-                f"{engine.guard.in_a_row} steps in a row were refused up to step {step + 1} ({engine.last.objection}); "
-                "lower optim.lr or look at these samples, then run again to go on from the last checkpoint"
-            )
 
 
 def _line(task: Task, window: Window, clock: _Clock, samples: int, batch_size: int, ranks: Ranks) -> dict[str, float]:

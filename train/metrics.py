@@ -78,13 +78,10 @@ class Metrics:
         self._waiting = False  # for room on the disk
         self.console = Console(quiet=not ranks.first, highlight=False, soft_wrap=True)
         self._steps, self._began, self._begun_at = steps, time.monotonic(), first_step
-        self._trackers: list[Any] = []
         if not self._first:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        _rewind(folder / "metrics.jsonl", first_step)
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._trackers = _trackers(folder, config, first_step, settings or {})
+        self._folder, self._config, self._settings = folder, config, settings or {}
+        self._open(first_step)
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -98,6 +95,19 @@ class Metrics:
         )
         self._row = self._bar.add_task("training", total=steps, completed=first_step, numbers="")
 
+    def _open(self, step: int) -> None:
+        path = self._folder / "metrics.jsonl"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _rewind(path, step)
+        self._file = path.open("a", buffering=1)
+        self._trackers = _trackers(self._folder, self._config, step, self._settings)
+
+    def _close(self) -> None:
+        with suppress(OSError):  # told when it began
+            self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
     def __enter__(self) -> Metrics:
         if self._first:
             self._bar.start()
@@ -106,10 +116,14 @@ class Metrics:
     def __exit__(self, *exception: object) -> None:
         if self._first:
             self._bar.stop()
-            with suppress(OSError):  # told when it began
-                self._file.close()
-            for tracker in self._trackers:
-                tracker.close()
+            self._close()
+
+    def rewind(self, step: int) -> None:
+        """Drop what was written after `step`: those steps are taken anew, another way."""
+        if self._first:
+            self._close()
+            self._open(step)
+            self._bar.update(self._row, completed=step)
 
     def advance(self, step: int) -> None:
         """Move the bar to `step` steps done."""

@@ -14,7 +14,7 @@ import heapq
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -77,7 +77,7 @@ class Saver:
             self._join()
             self.report()
 
-    def begin(self, step: int, samples: int) -> None:
+    def begin(self, step: int, samples: int, skipped: Sequence[tuple[int, int]] = ()) -> None:
         """Save the state of this moment, once the save before is done. In the background, it returns with a copy taken."""
         self.settle()
         self._save = save = _Save(step)
@@ -91,6 +91,7 @@ class Saver:
             config=self.config,
             sha256={},
             frozen=dict(self.frozen),
+            skipped=list(skipped),
         )
         try:
             checkpoint.on_first(self.ranks, lambda: checkpoint.empty(self._partial(step)))
