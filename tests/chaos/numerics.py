@@ -54,7 +54,7 @@ def not_finite(_: int, folder: Path) -> Outcome:
         write_json(folder / f"rank{rank}.json", seen)
         poison = frozenset({n * BATCH + 1 for n in (1, 2, 3)})
         try:
-            train(folder / "run", Toy(ranks, CONFIG, poison=poison))
+            train(folder / "run", Toy(ranks, replace(CONFIG, guard=GuardConfig(rollbacks=0)), poison=poison))
         except Diverged as error:
             raise SystemExit(1) from error
 

@@ -159,9 +159,9 @@ def long_save(_: int, folder: Path) -> Outcome:
     run.mkdir()
 
     class Patient(saving.Saver):
-        def begin(self, step: int, samples: int) -> None:
+        def begin(self, *given: Any) -> None:
             time.sleep(40)
-            super().begin(step, samples)
+            super().begin(*given)
 
     def work() -> None:
         from train import loop
@@ -239,9 +239,9 @@ def any_phase(trials: int, folder: Path) -> Outcome:
             super().release(folder)
 
     class Saver(saving.Saver):
-        def begin(self, step: int, samples: int) -> None:
+        def begin(self, *given: Any) -> None:
             task.send("saving")
-            super().begin(step, samples)
+            super().begin(*given)
 
         def settle(self) -> str | None:
             task.send("waiting for a save")
