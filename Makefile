@@ -1,8 +1,9 @@
-# make demo: the main job on the embedded default; make test: the suite; make check: that, with ruff and pyright.
+# make demo: the main job on the embedded default; make test: the suite; make check: that, with ruff and pyright;
+# make chaos: every fault of the catalogue, counted, into docs/reliability.md.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check assets install
+.PHONY: demo test check chaos assets install
 demo: install
 	$(BIN)/python -m train.demo
 
@@ -14,6 +15,9 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+chaos: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --json docs/measures/reliability.json --page docs/reliability.md
 
 assets: install
 	$(BIN)/python -m train.assets

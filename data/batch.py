@@ -157,7 +157,7 @@ def shorten(text: str, builder: PrefixBuilder) -> str:
 
 def count_tokens(text: str, builder: PrefixBuilder) -> int:
     """How many tokens a user's text takes in a prefix."""
-    return len(builder.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    return len(builder.encode(text))
 
 
 def _conditions(record: TextToImage | Edit) -> tuple[str, tuple[Image.Image, ...]]:

@@ -5,6 +5,7 @@ from the r-th on. data/order.py says where each number comes from, so the same n
 any number of ranks and workers, and a resumed run neither repeats nor loses a sample.
 """
 
+import hashlib
 import itertools
 import signal
 from collections import Counter, defaultdict
@@ -134,21 +135,30 @@ class _Batches(Positions[_Fetched]):
         self._task: Task = config.task
         self._collate = collate
         self._check = collate.check if isinstance(collate, Selective) else None  # asked once: a Protocol is slow to tell
-        sources = [open_source(config, source, seed, rows.start, rows.step) for source in config.sources]
+        self._sources = [open_source(config, source, seed, rows.start, rows.step) for source in config.sources]
         weights, buckets = [source.weight for source in config.sources], config.buckets
-        by_source = [pools_of(config.name(number), source, buckets) for number, source in enumerate(sources)]
+        by_source = [pools_of(config.name(number), source, buckets) for number, source in enumerate(self._sources)]
         self._pools = list(itertools.chain(*by_source))
         lengths = [[len(pool) for pool in pools] for pools in by_source]
         if buckets is None:
             self._order = Order([length for (length,) in lengths], weights, seed)
+            self._identity = (seed, weights)
         else:
             self._order = BucketedOrder(lengths, weights, seed, batch_size)
-        self._streams = [source for source in sources if isinstance(source, StreamSource)]
+            self._identity = (seed, weights, buckets, batch_size)
 
     def __iter__(self) -> Iterator[_Fetched]:
-        for source in self._streams:
-            source.begin(self.samples)
+        for source in self._sources:
+            if isinstance(source, StreamSource):
+                source.begin(self.samples)
         yield from super().__iter__()
+
+    def fingerprint(self) -> str:
+        """sha256 of the sources, their shares and the seed."""
+        sha = hashlib.sha256(repr(self._identity).encode())
+        for source in self._sources:
+            sha.update(source.fingerprint().encode())
+        return sha.hexdigest()
 
     def __getitem__(self, position: int) -> _Fetched:
         samples = self.numbers(position)
@@ -222,6 +232,10 @@ class Loader:
     def rejects(self) -> Counter[tuple[str, str]]:
         """(shard, reason) -> samples this rank had to replace since it started."""
         return self.quality.rejects
+
+    def fingerprint(self) -> str:
+        """sha256 of what decides which sample a number stands for: every source, its share and the seed."""
+        return self._batches.fingerprint()
 
     def __iter__(self) -> Iterator[Any]:
         """Batches from `samples` on. `samples` moves when a batch is handed out, however far the workers have read ahead."""

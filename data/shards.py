@@ -7,6 +7,7 @@ images, text and JSON is read.
 """
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -140,6 +141,14 @@ class ShardSource:
                     at = offset - span.start
                     contents[extension] = _checked(data, at, size, path)
         return contents
+
+    def fingerprint(self) -> str:
+        """sha256 of the shards' names and of the names, places and sizes of their members: where they lie may change."""
+        sha = hashlib.sha256()
+        for found in self._indexes:
+            sha.update(repr((os.path.basename(found.path), len(found), found.extensions)).encode())
+            sha.update(found.keys.tobytes() + found.spans.tobytes())
+        return sha.hexdigest()
 
     def _latent(self, shard: int, row: int) -> np.ndarray:
         assert self._latents is not None

@@ -37,6 +37,10 @@ class Source(Protocol):
         """Where sample number `index` lies, for people."""
         ...
 
+    def fingerprint(self) -> str:
+        """What changes when a number comes to stand for another sample."""
+        ...
+
 
 class WorldSource:
     """The generated world, endless: the samples that `python -m data.world shards` would write, made when asked for."""
@@ -54,6 +58,10 @@ class WorldSource:
     def origin(self, index: int) -> str:
         """The split."""
         return self.split
+
+    def fingerprint(self) -> str:
+        """Its settings."""
+        return repr((self.seed, self.split, self.task, self.size))
 
     def read(self, index: int) -> dict[str, Any]:
         """A picture of `size` pixels with a caption and its scene, a conversation, or an edit, as the task needs."""

@@ -51,6 +51,10 @@ class StreamSource:
         """The shard of the sample read last."""
         return self._at
 
+    def fingerprint(self) -> str:
+        """The names of the shards: which sample a number stands for is not known before."""
+        return repr(self._shards)
+
     def fetch(self, indices: object) -> None:
         """Nothing: they come in their order."""
 

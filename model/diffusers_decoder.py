@@ -159,7 +159,7 @@ def load_diffusers_decoder(
     family, network = _FAMILIES[known[0]]
     dtype, part = getattr(torch, config.dtype), {"subfolder": family.component}
     if weights:
-        model = read_weights(source, network, torch_dtype=dtype, use_safetensors=True, **part)
+        model = read_weights(source, network, torch_dtype=dtype, **part)
     else:
         model = nn.Module.to(network.from_config(fetched(source, network.load_config, **part)), dtype)
     return family(config, model, noise or scheduler_noise(source))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
@@ -259,12 +260,27 @@ class PrefixBuilder:
             return text
         return [{"type": "image"} for _ in turn.images] + [{"type": "text", "text": text}]
 
+    def encode(self, text: str) -> list[int]:
+        """Tokens of what somebody wrote: marks of turns and pictures within it stay text."""
+        cuts = [found.start() + 1 for found in self._marks.finditer(text)] if self._marks else []
+        pieces = [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])]
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        return [token for piece in pieces for token in self.tokenizer.encode(piece, **options)]
+
+    @cached_property
+    def _marks(self) -> re.Pattern[str] | None:
+        """Finds where marks of turns and pictures begin that this tokenizer does not call special, and would not split."""
+        template = str(self.template or self.tokenizer.chat_template)
+        added = [(i, token) for i, token in self.tokenizer.added_tokens_decoder.items() if not token.special]
+        marks = [re.escape(token.content) for i, token in added if i == self.image_id or token.content in template]
+        return re.compile(f"(?={'|'.join(marks)})") if marks else None
+
     def _encode_text(self, turn: Turn, blanks: str) -> list[int]:
         try:
             turn.text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, as the shell's other encodings become
             raise ValueError(f"the text {turn.text[:40]!a} is not Unicode; give it in UTF-8") from error
-        ids = self.tokenizer.encode(blanks + turn.text, add_special_tokens=False, split_special_tokens=True)
+        ids = self.encode(blanks + turn.text)
         if turn.role == "user" and len(ids) > self.max_text_tokens:
             raise ValueError(
                 f"the prompt {turn.text[:40]!r}... has {len(ids)} tokens and the limit is {self.max_text_tokens}; shorten it"

@@ -39,7 +39,7 @@ def load_vae(config: VAEConfig, weights: bool = True) -> "LatentVAE":
     if not weights:
         autoencoder: Any = _CLASSES[name].from_config(settings)
         return LatentVAE(nn.Module.to(autoencoder, dtype))  # diffusers' own `to` warns of what it does not do
-    options |= {"torch_dtype": dtype, "use_safetensors": True, "low_cpu_mem_usage": False}
+    options |= {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     return LatentVAE(read_weights(source, _CLASSES[name], **options))
 
 

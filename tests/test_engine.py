@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from model.connector import Connector, ConnectorConfig
-from tests.toy import BATCH, CLIP_NORM, EMA, OPTIM, STEPS, Toy, advance, digest, net, rows
+from tests.toy import BATCH, CLIP_NORM, STEPS, Toy, advance, digest, plain_torch
 from tests.two_ranks import CASES, SAVED_AT, ZERO_STAGES, losses, results, tiny_run
 from train import checkpoint, run
 from train.compiled import compile_blocks
-from train.ema import kept
 from train.engine import KINDS, EngineConfig, deepspeed_config
-from train.optim import adamw, learning_rate
 from train.ranks import start
 
 NAMES = [f"{zero}-{precision}" for zero, precision in CASES]
@@ -22,27 +20,7 @@ FP32 = [name for name in NAMES if "fp32" in name]
 
 @pytest.fixture(scope="module")
 def plain():
-    """Plain torch on whole batches: losses, gradient norms, and the averages after SAVED_AT steps."""
-    module = net()
-    optimizer = adamw(module, OPTIM)
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    averages = {name: p.detach().clone() for name, p in trained.items()}
-    losses, norms, saved = [], [], {}
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(OPTIM, step, STEPS)
-        x, y = rows(range(step * BATCH, (step + 1) * BATCH))
-        loss = (module(x) - y).square().mean()
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM).item())
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        keep = kept(EMA, (step + 1) * BATCH, BATCH)
-        averages = {name: keep * old + (1 - keep) * trained[name].detach() for name, old in averages.items()}
-        if step + 1 == SAVED_AT:
-            saved = averages
-    return losses, norms, saved
+    return plain_torch(SAVED_AT)
 
 
 def test_plain_torch_is_clipped_here(plain):

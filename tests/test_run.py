@@ -79,7 +79,9 @@ def test_a_run_goes_on_with_the_frozen_parts_that_it_began_with(parts, tmp_path)
     given = tiny_run(moved, tmp_path / "out", "--schedule.save-every", "1")
     run.main([*given, "--schedule.steps", "1"])
     tiny.vae_folder(moved / "vae", seed=1)
-    with pytest.raises(ValueError, match=r"the vae is not the one that .*step-00000001 was trained with; restore it"):
+    with pytest.raises(
+        ValueError, match=r"the vae is not the one that .*step-00000001 was trained with \(sha256 .* here\); restore it"
+    ):
         run.main([*given, "--schedule.steps", "2"])
     tiny.vae_folder(moved / "vae")
     run.main([*given, "--schedule.steps", "2"])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from train.checkpoint import Keep, path_of
-from train.ema import EmaConfig
+from train.ema import EmaConfig, kept
 from train.engine import KINDS, Engine, EngineConfig, Step
-from train.optim import OptimConfig
+from train.optim import OptimConfig, adamw, learning_rate
 from train.ranks import Ranks, start
 from train.saving import Saver
 from train.task import Task
@@ -119,6 +119,30 @@ def save(task: Task, root: Path, step: int, keep: Keep = Keep(1), ranks: Ranks |
     saver.begin(step, step * BATCH)
     saver.finish()
     return path_of(root, step)
+
+
+def plain_torch(saved_at: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """What plain torch does on whole batches: losses, gradient norms, and the averages after `saved_at` steps."""
+    module = net()
+    optimizer = adamw(module, OPTIM)
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    averages = {name: p.detach().clone() for name, p in trained.items()}
+    losses, norms, saved = [], [], {}
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(OPTIM, step, STEPS)
+        x, y = rows(range(step * BATCH, (step + 1) * BATCH))
+        loss = (module(x) - y).square().mean()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        keep = kept(EMA, (step + 1) * BATCH, BATCH)
+        averages = {name: keep * old + (1 - keep) * trained[name].detach() for name, old in averages.items()}
+        if step + 1 == saved_at:
+            saved = averages
+    return losses, norms, saved
 
 
 def digest(engine: Engine) -> str:

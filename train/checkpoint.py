@@ -49,7 +49,7 @@ class Manifest:
     counters: dict[str, dict[str, Any]]  # by engine name
     config: dict[str, Any]
     sha256: dict[str, str]  # by file name
-    frozen: dict[str, str] = field(default_factory=dict)  # sha256 of what the run reads and does not train, by part
+    frozen: dict[str, str] = field(default_factory=dict)  # sha256 of what the run reads and does not train, data included
     skipped: list[tuple[int, int]] = field(default_factory=list)  # first and last sample of each window rolled back over
 
 
@@ -154,8 +154,11 @@ def verify(path: Path) -> Manifest:
         file = path / name
         if not file.is_file() or sha256_of(file) != expected:
             raise ValueError(f"{file} is {'damaged' if file.is_file() else 'missing'}")
-        with safe_open(file, framework="pt") as tensors:
-            check_finite(file, ((key, tensors.get_tensor(key)) for key in tensors.keys()))  # noqa: SIM118 (not a dict)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                check_finite(file, ((key, tensors.get_tensor(key)) for key in tensors.keys()))  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no file of tensors ({error})") from error
     return manifest
 
 
@@ -183,13 +186,17 @@ def manifest_of(path: Path) -> Manifest:
 
 
 def check_frozen(path: Path, manifest: Manifest, frozen: Mapping[str, str]) -> None:
-    """ValueError when a part that the run reads and does not train is not the one that the checkpoint was trained with."""
-    other = [part for part, sha256 in frozen.items() if manifest.frozen.get(part, sha256) != sha256]
-    if other:
+    """ValueError when what the run reads and does not train is not what the checkpoint was trained with."""
+    for part in other_parts(manifest, frozen):
         raise ValueError(
-            f"the {other[0]} is not the one that {path} was trained with; restore it (of a hub id, give the revision), "
-            "or give another --out"
+            f"the {part} is not the one that {path} was trained with (sha256 {manifest.frozen[part]} there, {frozen[part]} "
+            "here); restore it (of a hub id, give the revision), give another --out, or go on all the same: --allow-change"
         )
+
+
+def other_parts(manifest: Manifest, frozen: Mapping[str, str]) -> list[str]:
+    """The names of what the run reads and does not train that is not what the checkpoint was trained with."""
+    return [part for part, sha256 in frozen.items() if manifest.frozen.get(part, sha256) != sha256]
 
 
 def load(path: Path, engines: Mapping[str, Engine], ranks: Ranks) -> Manifest:

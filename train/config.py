@@ -50,6 +50,8 @@ class Run:
     resume: str = "auto"
     """auto: go on from the newest valid checkpoint in `out`, if any; must: there has to be one; never: there must be
     none; anything else is the path of a checkpoint."""
+    allow_change: bool = False
+    """Go on although the data, its order or a frozen part is not the one that the checkpoint was trained with."""
 
     @property
     def folder(self) -> Path:

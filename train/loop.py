@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import signal
 import time
 from collections.abc import Iterator
@@ -77,6 +79,7 @@ def fit(
     metrics: MetricsConfig,
     ranks: Ranks,
     watch: WatchConfig = WatchConfig(),
+    allow_change: bool = False,
 ) -> bool:
     """Train to the last step from wherever `folder` stands; every rank calls it.
 
@@ -90,8 +93,8 @@ def fit(
         raise ValueError(
             f"schedule.keep_best is {schedule.keep_best}, and this run's previews measure {known}; name one of it"
         )
-    frozen = task.frozen() if ranks.first else {}
-    step, samples, skipped, changed = _resume(task, folder, resume, config, frozen, ranks)
+    frozen = {**task.frozen(), **task.reads()} if ranks.first else {}
+    step, samples, skipped, changed = _resume(task, folder, resume, config, frozen, allow_change, ranks)
     root = folder / "checkpoints"
     keep = checkpoint.Keep(schedule.keep, schedule.keep_every, schedule.keep_best, lowest=schedule.best_is == "lowest")
     with (
@@ -114,7 +117,8 @@ def fit(
         window = Window()
         while step < schedule.steps:
             dog.where = f"step {step + 1}, samples {samples} to {samples + schedule.batch_size - 1}"
-            _step(task, batches, window, clock, dog, schedule.accumulation, seed, step, ranks)
+            with _workers_named(dog.where):
+                _step(task, batches, window, clock, dog, schedule.accumulation, seed, step, ranks)
             why = refusals(task, log, step + 1, samples, schedule.batch_size)
             step, samples = step + 1, samples + schedule.batch_size
             if why:
@@ -163,9 +167,16 @@ def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
         if ranks.first:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                flock(held.enter_context((folder / ".lock").open("w")), LOCK_EX | LOCK_NB)
+                lock = held.enter_context((folder / ".lock").open("a+"))
+                flock(lock, LOCK_EX | LOCK_NB)
+                lock.truncate(0)
+                print(f"pid {os.getpid()} on {platform.node()}", file=lock, flush=True)
             except BlockingIOError:
-                problem = f"out: another process is training in {folder}; wait for it, stop it, or give another --out"
+                seconds = max(0.0, time.time() - (folder / ".lock").stat().st_mtime)
+                problem = (
+                    f"out: another process ({(folder / '.lock').read_text().strip()}) is training in {folder} "
+                    f"for {seconds:,.0f} s; wait for it, stop it, or give another --out"
+                )
             except OSError as error:
                 if error.errno not in (ENOSYS, ENOLCK, EOPNOTSUPP):
                     problem = f"out: {folder} cannot be written ({error.strerror}); give another --out"
@@ -175,15 +186,23 @@ def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _resume(
-    task: Task, folder: Path, resume: str, config: dict[str, Any], frozen: dict[str, str], ranks: Ranks
+    task: Task,
+    folder: Path,
+    resume: str,
+    config: dict[str, Any],
+    frozen: dict[str, str],
+    allow_change: bool,
+    ranks: Ranks,
 ) -> tuple[int, int, Skipped, list[str]]:
     """Load the checkpoint that `resume` means: (step, samples, windows skipped, settings changed since)."""
     path = checkpoint.find(folder / "checkpoints", resume, ranks)
     if path is None:
         return 0, 0, [], []
     manifest = checkpoint.load(path, task.engines, ranks)
-    checkpoint.on_first(ranks, lambda: checkpoint.check_frozen(path, manifest, frozen))
-    return manifest.step, manifest.samples, manifest.skipped, checkpoint.differences(manifest.config, config)
+    if not allow_change:
+        checkpoint.on_first(ranks, lambda: checkpoint.check_frozen(path, manifest, frozen))
+    changed = [f"another {part}" for part in checkpoint.other_parts(manifest, frozen)]
+    return manifest.step, manifest.samples, manifest.skipped, changed + checkpoint.differences(manifest.config, config)
 
 
 def _step(
@@ -209,6 +228,20 @@ def _step(
     if not any(engine.last and engine.last.objection for engine in task.engines.values()):
         for values in scalars:
             window.add(values)
+
+
+@contextmanager
+def _workers_named(where: str) -> Iterator[None]:
+    """ValueError when the system has ended a worker of the loader: torch raises that from a signal, wherever training is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            f"a process of data.workers was ended from outside at {where} ({str(error).splitlines()[0].strip()}); "
+            "if memory ran out, lower data.workers; run again to go on from the last checkpoint"
+        ) from error
 
 
 def _line(task: Task, window: Window, clock: _Clock, samples: int, batch_size: int, ranks: Ranks) -> dict[str, float]:

@@ -69,6 +69,7 @@ def _train(run: Run) -> bool:
         metrics=run.metrics,
         ranks=ranks,
         watch=run.watch,
+        allow_change=run.allow_change,
     )
     ranks.barrier()
     return finished

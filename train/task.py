@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """A built task. Subclass it: `counts`, `frozen`, `measures`, `preview` and `release` do nothing unless overridden."""
+    """A built task. Subclass it: of what follows `step`, nothing does anything unless overridden."""
 
     engines: Mapping[str, Engine]
     """The trained modules by a short name; names become file names in the checkpoint."""
@@ -45,6 +45,10 @@ class Task(Protocol):
 
     def frozen(self) -> dict[str, str]:
         """sha256 of each part that is read and not trained, by name: a resumed run has to have the same."""
+        return {}
+
+    def reads(self) -> dict[str, str]:
+        """sha256 of the data and its order, by name: a resumed run has to go on in the same."""
         return {}
 
     def measures(self) -> set[str]:
@@ -73,6 +77,10 @@ class LoaderTask(Task):
         """Samples that could not be used and were replaced; where sources are mixed, what each has given."""
         read = {f"samples from {name}": count for name, count in self.loader.read.items()}
         return {"rejected": self.loader.rejects.total(), **(read if len(read) > 1 else {})}
+
+    def reads(self) -> dict[str, str]:
+        """Its sources, their shares and its seed."""
+        return {"data": self.loader.fingerprint()}
 
 
 def engine_for(module: nn.Module, run: Run, ranks: Ranks, optim: OptimConfig | None = None) -> Engine:
