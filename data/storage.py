@@ -67,16 +67,24 @@ def beside(path: str, ending: str) -> str:
     return parts._replace(path=parts.path + ending).geturl()
 
 
+_stores: dict[tuple[int, str], Any] = {}
+"""By process and scheme. A forked worker makes its own, and must not let go of its parent's: closing what both share would
+leave the parent waiting for ever."""
+
+
 def store_of(url: str) -> Any:
-    """The fsspec file system of a URL. ValueError where its package is missing."""
+    """The fsspec file system of a URL, this process's own. ValueError where its package is missing."""
     import fsspec
 
     scheme = urlsplit(url).scheme
-    options = {"client_kwargs": {"trust_env": True}} if scheme.startswith("http") else {}
-    try:
-        return fsspec.filesystem(scheme, **options)
-    except ImportError as error:
-        raise ValueError(f"{url} needs a package that is not installed ({error}); pip install '.[remote]'") from error
+    key = os.getpid(), scheme
+    if key not in _stores:
+        options = {"client_kwargs": {"trust_env": True}} if scheme.startswith("http") else {}
+        try:
+            _stores[key] = fsspec.filesystem(scheme, **options)
+        except ImportError as error:
+            raise ValueError(f"{url} needs a package that is not installed ({error}); pip install '.[remote]'") from error
+    return _stores[key]
 
 
 class Files:
