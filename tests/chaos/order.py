@@ -212,7 +212,7 @@ def shares(trials: int, folder: Path) -> Outcome:
     for _ in range(trials):
         weights = [draw.uniform(0.05, 1) for _ in range(draw.randint(2, 5))]
         order = Order([draw.choice((0, 50, 1000)) for _ in weights], weights, draw.randrange(1000))
-        counts = Counter(order.place(sample).source for sample in range(100_000))
+        counts = Counter(order.place(sample).pool for sample in range(100_000))
         expected = [100_000 * weight / sum(weights) for weight in weights]
         apart = max(abs(counts[n] - share) / share for n, share in enumerate(expected))
         chi_square = sum((counts[n] - share) ** 2 / share for n, share in enumerate(expected))

@@ -210,7 +210,7 @@ def tenth_bad(trials: int, folder: Path) -> Outcome:
     waited: dict[str, list[float]] = {"good": [], "tenth": []}
     for _ in range(trials):
         for name, taken in seconds.items():
-            loader = Loader(Data((Shards(f"{folder}/{name}/a.tar"),)), Names(), 30)
+            loader = Loader(Data((Shards(f"{folder}/{name}/a.tar"),), max_bad_share=0.2), Names(), 30)
             batches = iter(loader)
             next(batches)
             began, slept = time.process_time(), time.perf_counter()
