@@ -159,9 +159,9 @@ def long_save(_: int, folder: Path) -> Outcome:
     run.mkdir()
 
     class Patient(saving.Saver):
-        def begin(self, *given: Any) -> None:
+        def begin(self, *given: Any, **named: Any) -> None:
             time.sleep(40)
-            super().begin(*given)
+            super().begin(*given, **named)
 
     def work() -> None:
         from train import loop
@@ -239,9 +239,9 @@ def any_phase(trials: int, folder: Path) -> Outcome:
             super().release(folder)
 
     class Saver(saving.Saver):
-        def begin(self, *given: Any) -> None:
+        def begin(self, *given: Any, **named: Any) -> None:
             task.send("saving")
-            super().begin(*given)
+            super().begin(*given, **named)
 
         def settle(self) -> str | None:
             task.send("waiting for a save")
