@@ -192,7 +192,7 @@ def hundred_bad(trials: int, folder: Path) -> Outcome:
     "a tenth of the pictures is bad",
     "their places are taken by others, and nothing sleeps",
     "< 5 % slower; no sample waits 5 ms",
-    trials=7,
+    trials=15,
     fast=3,
 )
 def tenth_bad(trials: int, folder: Path) -> Outcome:
@@ -221,7 +221,8 @@ def tenth_bad(trials: int, folder: Path) -> Outcome:
             outcome.add((loader.rejects.total() > 80) == (name == "tenth"), f"{name}: {loader.rejects}")
     good, tenth = (min(taken) for taken in seconds.values())
     wait_ms = (min(waited["tenth"]) - min(waited["good"])) / 90 * 1000
-    outcome.add(tenth < 1.05 * good, f"{100 * (tenth / good - 1):.1f} % slower")
+    if trials >= 15:  # fewer are of one busy moment
+        outcome.add(tenth < 1.05 * good, f"{100 * (tenth / good - 1):.1f} % slower")
     outcome.add(wait_ms < 5, f"a bad sample waits {wait_ms:.1f} ms")
     outcome.seen = f"{100 * (tenth / good - 1):+.1f} % of processor time; a bad sample waits {max(0.0, wait_ms):.2f} ms"
     return outcome
