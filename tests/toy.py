@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from train.checkpoint import Keep, path_of
+from model.files import sha256_of
+from train.checkpoint import Keep, manifest_of, path_of, rewrite
 from train.ema import EmaConfig, kept
 from train.engine import KINDS, Engine, EngineConfig, Step
 from train.optim import OptimConfig, adamw, learning_rate
@@ -111,6 +113,12 @@ def advance(task: Toy, first: int, last: int) -> list[Step]:
         assert task.engine.last
         done.append(task.engine.last)
     return done
+
+
+def accept(file: Path) -> None:
+    """Let the checkpoint around a file take it as it is now."""
+    manifest = manifest_of(file.parent)
+    rewrite(file.parent, replace(manifest, sha256=manifest.sha256 | {file.name: sha256_of(file)}))
 
 
 def save(task: Task, root: Path, step: int, keep: Keep = Keep(1), ranks: Ranks | None = None) -> Path:

@@ -15,6 +15,7 @@ number of ranks or the ZeRO stage. The folder must be visible to all ranks. trai
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ from train.engine import KINDS, Engine
 from train.ranks import Ranks
 
 FORMAT, READABLE = 2, (1, 2)  # 1 had each kind in one file
+DIGEST = "sha256_of_this"  # in a manifest: of all else that it says
 T = TypeVar("T")
 
 
@@ -172,17 +174,33 @@ def check_finite(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def manifest_of(path: Path) -> Manifest:
-    """What a checkpoint says about itself. ValueError when it is none that we know."""
+    """What a checkpoint says about itself. ValueError when it is none that we know, or is damaged."""
+    damaged = ValueError(f"{path / 'manifest.json'} is damaged")
     try:
-        content = json.loads((path / "manifest.json").read_text())
+        content = json.loads((path / "manifest.json").read_bytes())
     except FileNotFoundError as error:
         raise ValueError(f"{path} is not a checkpoint: it has no manifest.json") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path / 'manifest.json'} is damaged") from error
+    except ValueError as error:
+        raise damaged from error
+    if not isinstance(content, dict):
+        raise damaged
     if content.get("format") not in READABLE:
         raise ValueError(f"{path} has checkpoint format {content.get('format')}; this program reads up to {FORMAT}")
+    digest = content.pop(DIGEST, None)
+    if content["format"] == FORMAT and digest != _digest(content):
+        raise damaged
     content["skipped"] = [(first, last) for first, last in content.get("skipped", ())]
     return Manifest(**content)
+
+
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    content = json.loads(json.dumps(asdict(manifest)))  # as it will be read
+    path.write_text(json.dumps(content | {DIGEST: _digest(content)}, indent=2))
+    sync(path)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def check_frozen(path: Path, manifest: Manifest, frozen: Mapping[str, str]) -> None:
@@ -295,11 +313,6 @@ def empty(folder: Path) -> None:
     for leftover in folder.parent.glob(".step-*"):
         shutil.rmtree(leftover)
     folder.mkdir(parents=True)
-
-
-def _write_manifest(path: Path, manifest: Manifest) -> None:
-    path.write_text(json.dumps(asdict(manifest), indent=2))
-    sync(path)
 
 
 def _drop(path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from model.assets import fingerprint, tensors_of
-from model.files import read_json, sha256_of, write_json
+from model.files import read_json, write_json
 from model.mllm import load as load_mllm
 from model.vae import VAEConfig, load_vae
 from tests import tiny
@@ -23,7 +23,7 @@ from tests.chaos.saving import PLAIN, SHARDED, loads, saved
 from tests.test_checkpoint import KEEP, find
 from tests.test_layout import ROOT
 from tests.test_loop import state, train
-from tests.toy import BATCH, Toy, advance, net, save
+from tests.toy import BATCH, Toy, accept, advance, net, save
 from train import checkpoint
 from train.ema import EmaConfig
 from train.engine import KINDS, Engine
@@ -51,8 +51,6 @@ def agreed_on_all_ranks(_: int, folder: Path) -> Outcome:
         for file in sorted(newest.iterdir()):
             whole = file.read_bytes()
             for damage in ("cut", "flip", "missing"):
-                if file.name == "manifest.json" and damage == "flip":
-                    continue  # C3
                 ranks.barrier()
                 if ranks.first:
                     _damage(file, damage, whole)
@@ -106,10 +104,11 @@ def _found(root: Path) -> tuple[str, str, float]:
     fast=20,
 )
 def flipped(trials: int, folder: Path) -> Outcome:
-    """Any bit of any file of tensors."""
+    """Any bit of any file."""
     outcome, draw = Outcome(), random.Random(0)
     saved(folder)
-    files = sorted((folder / "step-00000002").glob("*.safetensors"))
+    files = sorted((folder / "step-00000002").iterdir())
+    manifest = checkpoint.manifest_of(folder / "step-00000002")
     for _ in range(trials):
         file = draw.choice(files)
         whole = file.read_bytes()
@@ -117,7 +116,11 @@ def flipped(trials: int, folder: Path) -> Outcome:
         broken = bytearray(whole)
         broken[bit // 8] ^= 1 << bit % 8
         file.write_bytes(broken)
-        outcome.expect(f"{file} is damaged", lambda: checkpoint.verify(folder / "step-00000002"))
+        try:
+            same = checkpoint.verify(folder / "step-00000002") == manifest and file.suffix == ".json"  # 1e-5 is 1E-5
+        except ValueError as error:
+            same = str(file.parent) in str(error)
+        outcome.add(same, f"bit {bit} of {file.name} was not noticed")
         file.write_bytes(whole)
     return outcome
 
@@ -133,7 +136,6 @@ def not_finite(_: int, folder: Path) -> Outcome:
     outcome = Outcome()
     saved(folder)
     path = folder / "step-00000002"
-    manifest = (path / "manifest.json").read_text()
     for kind in KINDS:
         file = path / f"main.{kind}.safetensors"
         whole = load_file(file)
@@ -142,11 +144,10 @@ def not_finite(_: int, folder: Path) -> Outcome:
                 broken = {key: tensor.clone() for key, tensor in whole.items()}
                 broken[name].view(-1)[1] = value
                 save_file(broken, file)
-                content = json.loads(manifest)
-                content["sha256"][file.name] = sha256_of(file)
-                write_json(path / "manifest.json", content)
+                accept(file)
                 outcome.expect(f"{name} is not finite", lambda: find(folder, str(path)))
         save_file(whole, file)
+        accept(file)
     return outcome
 
 
