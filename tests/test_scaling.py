@@ -10,7 +10,7 @@ import pytest
 
 from data import precompute
 from data.pack import write_shards
-from data.shard_index import index_shard
+from data.shard_index import BLOCK_BYTES, index_shard
 from model.metaquery import blueprint
 from sample.measures import read_json
 from tests import tiny
@@ -74,7 +74,8 @@ def test_formula_gives_the_bytes_that_ranks_were_seen_to_send(case, tmp_path):
 
 
 def test_bytes_read_are_those_of_the_members(tmp_path):
-    """Each step reads every sample of the set once: its members, or with latents those in place of the picture's."""
+    """Each step reads every sample of the set once, from its first member's header on to the last one's end, or with latents
+    those in place of the picture."""
     tiny.metaquery_config(tmp_path)
     write_shards(items(8), lambda item: item, tmp_path / "set", shard_size=4)
     shards, latents = f"{tmp_path}/set/*.tar", tmp_path / "latents"
@@ -82,8 +83,11 @@ def test_bytes_read_are_those_of_the_members(tmp_path):
     assert precompute.main([shards, *given]) == 0
 
     def size(folder: Path, kinds: set[str]) -> int:
-        found = [index_shard(str(path)) for path in sorted(folder.glob("*.tar"))]
-        return sum(int(i.spans[:, i.extensions.index(kind), 1].sum()) for i in found for kind in kinds)
+        total = 0
+        for found in (index_shard(str(path)) for path in folder.glob("*.tar")):
+            starts, sizes = found.spans[:, [found.extensions.index(kind) for kind in kinds]].transpose(2, 0, 1)
+            total += int(((starts + sizes).max(1) - starts.min(1) + BLOCK_BYTES).sum())
+        return total
 
     words = ["--zero", "1", "--steps", "1", "--schedule.batch-size", "8", "--data.sources.0.urls", shards]
     words = ["metaquery.emoji", *tiny_run(tmp_path, tmp_path / "out")[1:5], "--data.image-size", "32", *words]
