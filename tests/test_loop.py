@@ -125,8 +125,12 @@ def test_a_second_signal_ends_at_once_and_what_was_saved_is_whole(straight, tmp_
         return write(*given)
 
     monkeypatch.setattr(saving, "_write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, Signalled(start(60), CONFIG))
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, Signalled(start(60), CONFIG))
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert [path.name for path in checkpoint.held(tmp_path / "checkpoints")] == ["step-00000002"]
     assert (tmp_path / "checkpoints" / ".step-00000003.partial").exists()
     assert train(tmp_path)
