@@ -10,6 +10,7 @@ command goes on where it was stopped. Exit code 1 when anything was lost.
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -53,6 +54,7 @@ class Args:
 def main(argv: list[str] | None = None) -> None:
     """Plays the rows one after the other. Raises SystemExit(1) when a trial was lost, ValueError for a row that is none."""
     args = tyro.cli(Args, args=argv, description=__doc__)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     if unknown := sorted(set(args.rows) - set(ROWS)):
         raise ValueError(f"rows: {unknown[0]} is none of {', '.join(ROWS)}")
     names = [name for name in ROWS if name in args.rows or not args.rows]
