@@ -4,6 +4,7 @@ Randomness that is addressed instead of streamed stays the same on resume, in ot
 """
 
 import hashlib
+from functools import lru_cache
 
 ROUNDS = 6  # of the Feistel network; four leave the permutations of a handful of samples visibly uneven
 
@@ -30,7 +31,12 @@ def permute(position: int, length: int, *address: int | str) -> int:
     while True:
         left, right = position >> half, position & mask
         for turn in range(ROUNDS):
-            left, right = right, left ^ (draw(key, turn, right) & mask)
+            left, right = right, left ^ (_round(key, turn, right) & mask)
         position = left << half | right
         if position < length:
             return position
+
+
+@lru_cache(maxsize=1 << 15)  # all that one permutation of ten million ever asks
+def _round(key: int, turn: int, right: int) -> int:
+    return draw(key, turn, right)

@@ -28,7 +28,7 @@ from data.shard_index import BLOCK_BYTES, IMAGES, LATENT, MAX_BYTES, ShardIndex,
 from data.storage import CacheConfig, Files, Span, Urls, is_url, store_of
 from data.transforms import decode_image, to_rgb
 
-SIZE_FIELD = slice(124, 136)  # of a tar header, in octal digits
+SIZE_FIELD = 124 - BLOCK_BYTES, 136 - BLOCK_BYTES  # where a tar header says it, in octal digits; from the content on
 MAX_GAP = 8 * BLOCK_BYTES  # between members that are read at once: their headers, and some kilobytes of others
 
 
@@ -173,7 +173,8 @@ def _spans(path: str, places: dict[str, tuple[int, int]]) -> list[Span]:
 
 def _checked(data: bytes, at: int, size: int, path: str) -> bytes:
     """The member whose content begins at `at`. ValueError unless its header still says the size that was indexed."""
-    said = data[at - BLOCK_BYTES :][SIZE_FIELD].strip(b"\0 ")
+    begin, end = SIZE_FIELD
+    said = data[at + begin : at + end].strip(b"\0 ")
     if len(data) < at + size or not said.isdigit() or int(said, 8) != size:
         raise ValueError(f"shard {path} has changed since it was indexed; index it again: python -m data.index")
     return data[at : at + size]
