@@ -13,6 +13,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -100,21 +101,23 @@ class ShardSource:
 
     def origin(self, index: int) -> str:
         """The shard of sample number `index`."""
-        return self._indexes[bisect_right(self._ends, index)].path
+        return self._indexes[self._locate(index)[0]].path
 
     def fetch(self, indices: Sequence[int]) -> None:
         """Bring samples at once that will be read next; needless where they are local."""
-        if self._storage is not self._files:
-            self._storage.fetch([span for index in indices for span in _spans(*self._members(index))])
+        if self._storage is self._files:
+            return
+        spans: list[Span] = []
+        for index in indices:
+            with suppress(BadSample):  # `read` says so
+                spans += _spans(*self._members(*self._locate(index)))
+        self._storage.fetch(spans)
 
     def read(self, index: int) -> dict[str, Any]:
         """Sample number `index` of all, decoded; BadSample where a member is broken."""
         shard, row = self._locate(index)
         latent = None if self._latents is None else self._latent(shard, row)
-        path, places = self._members(index)
-        for extension, (_, size) in places.items():
-            if size > MAX_BYTES[extension.rpartition(".")[2]]:
-                raise BadSample("a member is larger than its kind may be")
+        path, places = self._members(shard, row)
         key = self._indexes[shard].keys[row].decode(errors="replace")
         return decode_members(key, self._contents(path, places)) | {"latent": latent}
 
@@ -123,13 +126,14 @@ class ShardSource:
         shard = bisect_right(self._ends, index)
         return shard, index - (self._ends[shard] - len(self._indexes[shard]))
 
-    def _members(self, index: int) -> tuple[str, dict[str, tuple[int, int]]]:
-        """The shard of a sample, and offset and size of each of its members that is read."""
-        shard, row = self._locate(index)
+    def _members(self, shard: int, row: int) -> tuple[str, dict[str, tuple[int, int]]]:
+        """The path of a shard, and offset and size of each member of a sample that is read; BadSample for one too large."""
         found = self._indexes[shard]
         given = zip(found.extensions, found.spans[row].tolist(), strict=True)
         skipped = (LATENT, *self._skipped)
-        return found.path, {ext: (at, size) for ext, (at, size) in given if size >= 0 and ext not in skipped}
+        places = {ext: (at, size) for ext, (at, size) in given if size >= 0 and ext not in skipped}
+        check_sizes({extension: size for extension, (_, size) in places.items()})
+        return found.path, places
 
     def _contents(self, path: str, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
         """The bytes of a sample's members. ValueError where they are not the ones that were indexed."""
@@ -158,6 +162,12 @@ class ShardSource:
         offset, size = index.spans[rows[row], index.extensions.index(LATENT)].tolist()
         data = self._files.read(Span(index.path, offset - BLOCK_BYTES, offset + size))
         return decode_array(_checked(data, BLOCK_BYTES, size, index.path))
+
+
+def check_sizes(sizes: dict[str, int]) -> None:
+    """BadSample for a member, by extension, of more bytes than its kind may have."""
+    if any(size > MAX_BYTES[extension.rpartition(".")[2]] for extension, size in sizes.items()):
+        raise BadSample("a member is larger than its kind may be")
 
 
 def _spans(path: str, places: dict[str, tuple[int, int]]) -> list[Span]:

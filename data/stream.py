@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 from data.address import draw, permute
 from data.records import BadSample
 from data.shard_index import MAX_BYTES, members_of
-from data.shards import decode_members, expand
+from data.shards import check_sizes, decode_members, expand
 from data.storage import TRIES, is_url, store_of
 
 
@@ -65,8 +65,7 @@ class StreamSource:
         self._at, key, members = next(self._stream)
         if not members:
             raise BadSample("a shard is damaged")
-        if any(len(data) > MAX_BYTES[extension.rpartition(".")[2]] for extension, data in members.items()):
-            raise BadSample("a member is larger than its kind may be")
+        check_sizes({extension: len(data) for extension, data in members.items()})
         return decode_members(key, members) | {"latent": None}
 
     def _shuffled(self) -> Iterator[_Packed]:

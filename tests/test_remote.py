@@ -11,10 +11,12 @@ import pytest
 from data import index, lint, precompute, storage
 from data.loader import Data, Loader
 from data.pack import Item, write_shards
+from data.records import BadSample
+from data.shard_index import MAX_BYTES
 from data.shards import Shards, ShardSource, expand
 from data.storage import CacheConfig, Span, Urls
 from tests.test_loader import Names, global_batches
-from tests.test_shards import png
+from tests.test_shards import png, write_tar
 from tests.web import serve
 
 SAMPLES = 20
@@ -239,3 +241,17 @@ def test_streams_of_nothing_end(tmp_path):
     (tmp_path / "set" / "0.tar").write_bytes(bytes(10240))
     with pytest.raises(ValueError, match="hold no sample"):
         next(iter(Loader(streamed(f"{tmp_path}/set/*.tar"), Names(), 2)))
+
+
+def test_a_member_that_is_too_large_is_not_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    write_tar(tmp_path / "set" / "0.tar", [("a.txt", b"a" * (MAX_BYTES["txt"] + 1)), ("b.txt", b"b")])
+    assert index.main([f"{tmp_path}/set/*.tar", "--jobs", "1"]) == 0
+    with serve(tmp_path / "set") as site:
+        source = ShardSource(f"{site.url}/0.tar")
+        source.fetch([0, 1])
+        with pytest.raises(BadSample, match="larger than its kind may be"):
+            source.read(0)
+        assert source.read(1)["txt"] == "b"
+        assert len(site.ranges) == 1
