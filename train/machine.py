@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import torch
 
 from model.files import write_whole
@@ -37,14 +38,11 @@ def describe() -> str:
 
 def available_memory() -> float:
     """Bytes of host memory that programs can still take: what the system says, or the container's limit less what is used of
-    it and could not be given back. Infinite where neither is told."""
-    free = [float("inf")]
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        free += [1024 * int(line.split()[1]) for line in info.read_text().splitlines() if line.startswith("MemAvailable:")]
+    it and could not be given back."""
+    free = [float(psutil.virtual_memory().available)]
     limits = Path("/sys/fs/cgroup")  # version 2
     if (limits / "memory.max").is_file() and (limit := (limits / "memory.max").read_text().strip()) != "max":
         counted = dict(line.split() for line in (limits / "memory.stat").read_text().splitlines())
         used = int((limits / "memory.current").read_text()) - int(counted["file"])
-        free.append(int(limit) - used)
+        free.append(float(int(limit) - used))
     return min(free)
