@@ -18,8 +18,9 @@ from model.files import dump_config, write_json
 from model.targets import TargetConfig
 from model.vae import VAEConfig
 from sample.measures import read_json
-from train import benchmark, benchmark_loader, plan, run, stand_in
+from train import benchmark, benchmark_drawing, benchmark_loader, plan, run, stand_in
 from train.benchmark import main
+from train.benchmark_drawing import Drawn
 from train.benchmark_loader import Loading
 from train.cost import flop, kept_bytes
 
@@ -129,6 +130,26 @@ def test_prompts_are_read_faster_together(tmp_path):
     assert measures["reading.head_tokens"].value > 8
     with pytest.raises(ValueError, match="no more pictures than prompts"):
         main(["reading", "--batch-size", "2", "--pictures", "3"])
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_both_ways_draw_the_same_pictures(small):
+    args = Drawn(small=small, prefix_tokens=24, steps=2)
+    model = benchmark_drawing.build(args)
+    ours, plain = (draw(model, args, 2) for draw in (benchmark_drawing.ours, benchmark_drawing.plain))
+    assert ours.shape == (2, 3, model.image_size, model.image_size)
+    assert ours.std() > 0.01
+    torch.testing.assert_close(ours, plain, atol=1e-4 if small else 0.1, rtol=0)  # the release's MLLM has 8 bits of mantissa
+
+
+def test_drawing_is_timed_by_part(tmp_path):
+    given = ["--small", "--prefix-tokens", "24", "--steps", "1", "--repeats", "1", "--json", str(tmp_path / "d.json")]
+    main(["drawing", *given])
+    measures = {name.removeprefix("drawing."): value.value for name, value in read_json(tmp_path / "d.json").items()}
+    assert measures["ratio"] == pytest.approx(measures["ours.rate"] / measures["plain.rate"])
+    assert measures["4.steps"] < measures["4.total"] * 2
+    with pytest.raises(ValueError, match="one branch"):
+        main(["drawing", "--guidance", "1"])
 
 
 def test_the_order_costs_no_more_for_more_samples(tmp_path):

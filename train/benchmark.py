@@ -3,6 +3,7 @@
     python -m train.benchmark metaquery --prefix-tokens 256 --json speed.json
     python -m train.benchmark reading
     python -m train.benchmark repae
+    python -m train.benchmark drawing
     python -m train.benchmark order
     python -m train.benchmark loader
     python -m train.benchmark saves
@@ -41,6 +42,7 @@ from model.metaquery import MetaQuery, blueprint
 from sample.cli import run
 from sample.measures import Measure, show, spread
 from train import stand_in
+from train.benchmark_drawing import Drawn, drawn
 from train.benchmark_loader import Loading, loading
 from train.benchmark_order import Ordering, ordering
 from train.benchmark_reading import Reading, reading
@@ -87,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         "metaquery": Metaquery,
         "reading": Reading,
         "repae": Repae,
+        "drawing": Drawn,
         "order": Ordering,
         "loader": Loading,
         "saves": Saves,
@@ -96,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         metaquery(args)
     elif isinstance(args, Reading):
         reading(args)
+    elif isinstance(args, Drawn):
+        drawn(args)
     elif isinstance(args, Ordering):
         ordering(args)
     elif isinstance(args, Loading):
