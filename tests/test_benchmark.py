@@ -139,15 +139,15 @@ def test_both_ways_draw_the_same_pictures(small):
     ours, plain = (draw(model, args, 2) for draw in (benchmark_drawing.ours, benchmark_drawing.plain))
     assert ours.shape == (2, 3, model.image_size, model.image_size)
     assert ours.std() > 0.01
-    torch.testing.assert_close(ours, plain, atol=1e-4 if small else 0.1, rtol=0)  # the release's MLLM has 8 bits of mantissa
+    assert (ours - plain).abs().mean() < (1e-5 if small else 0.01)  # the release's MLLM has 8 bits of mantissa
 
 
 def test_drawing_is_timed_by_part(tmp_path):
-    given = ["--small", "--prefix-tokens", "24", "--steps", "1", "--repeats", "1", "--json", str(tmp_path / "d.json")]
-    main(["drawing", *given])
+    given = ["--small", "--prefix-tokens", "24", "--pictures", "2", "--steps", "1", "--repeats", "1"]
+    main(["drawing", *given, "--json", str(tmp_path / "d.json")])
     measures = {name.removeprefix("drawing."): value.value for name, value in read_json(tmp_path / "d.json").items()}
     assert measures["ratio"] == pytest.approx(measures["ours.rate"] / measures["plain.rate"])
-    assert measures["4.steps"] < measures["4.total"] * 2
+    assert measures["2.steps"] < measures["2.total"] * 2
     with pytest.raises(ValueError, match="one branch"):
         main(["drawing", "--guidance", "1"])
 

@@ -96,7 +96,8 @@ def drawn(args: Drawn) -> None:
     measures["drawing.prefix_tokens"] = Measure(prefix)
     if args.device != "cpu":
         measures["drawing.peak_memory"] = Measure(torch.cuda.max_memory_allocated(), unit="B")
-    where = f"{args.config or ('small shapes' if args.small else args.release)} on {args.device}, {torch.get_num_threads()} thread(s)"
+    drawer = args.config or ("small shapes" if args.small else args.release)
+    where = f"{drawer} on {args.device}, {torch.get_num_threads()} thread(s)"
     show(f"{where}, {args.pictures} pictures of a prompt of {prefix} tokens, {args.steps} steps", measures)
     if args.json is not None:
         record(args.json, measures)
