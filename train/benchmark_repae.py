@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -176,7 +178,7 @@ class Bench:
             "speed.peak_rate": Measure(rate, unit="FLOP/s"),
             "speed.utilisation": Measure(counted / step / rate, n=n),
         }
-        return measures | {f"speed.memory.{name}": Measure(held, unit="B") for name, held in self.memory.items()}
+        return measures | {f"speed.memory.{name}": Measure(held, unit="B") for name, held in self.memory.items() if held}
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -217,9 +219,9 @@ class Bench:
                 elapsed, held = self._time_one(partial(step, batch))
                 if repeat:  # the first of each warms up
                     self.seconds.setdefault(way, []).append(elapsed)
-                    self.memory[way] = max(self.memory.get(way, 0), held)
-        if not self.on_gpu:
-            self.memory.clear()
+                    self.memory[way] = max(self.memory.get(way, 0), held)  # 0 on a CPU
+        for way in ways:
+            print(f"{way}: {statistics.median(self.seconds[way]):.4g} s", file=sys.stderr, flush=True)
 
     def _time_one(self, step: Callable[[], Any]) -> tuple[float, int]:
         """Seconds, and the most bytes that a GPU held (0 on a CPU)."""
@@ -288,8 +290,8 @@ def parts(task: RepaeTask, batch: LabelledBatch, ranks: Ranks, compiled: bool) -
     shown = pixels.clone().requires_grad_()
     half = torch.autocast(ranks.device.type, torch.bfloat16, enabled=task.engines["main"].config.precision != "fp32")
 
-    def both(forward: Callable[[], Tensor]) -> None:
-        with half:
+    def both(forward: Callable[[], Tensor], precision: Any = half) -> None:
+        with precision:
             made = forward()
         made.float().mean().backward()
 
@@ -310,7 +312,7 @@ def parts(task: RepaeTask, batch: LabelledBatch, ranks: Ranks, compiled: bool) -
         made["discriminator"] = lambda: both(lambda: copied["discriminator"](torch.cat([shown, pixels])))
     if task.distance is not None:
         distance = task.distance
-        made["perceptual"] = lambda: both(lambda: distance(shown, pixels))
+        made["perceptual"] = lambda: both(lambda: distance(shown, pixels), nullcontext())
     if task.targets:
         grid = task.sit.sit.grid(latents)
         made["target"] = lambda: [target(pixels, grid) for target in task.targets]

@@ -10,9 +10,10 @@ GRAPHS = 64
 
 
 def compile_all(module: nn.Module) -> None:
-    """Compiles the blocks of a module, or the whole where it has none."""
+    """Compiles the blocks of a module, or its parts where it has none: an engine's hooks, on the whole, cut a graph."""
     if not compile_blocks(module):
-        compile_whole(module)
+        for part in module.children():
+            compile_whole(part)
 
 
 def compile_blocks(module: nn.Module) -> int:
