@@ -18,7 +18,7 @@ from itertools import count
 from PIL import Image
 
 from data.dropout import Dropped
-from data.world.captions import Caption, Group, describe, phrase
+from data.world.captions import Caption, Group, describe
 from data.world.edits import SIDE_GAP, SIDES, Edit, Naming, edits_of, keeps_rules, make_edit, refer
 from data.world.questions import questions
 from data.world.render import render
