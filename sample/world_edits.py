@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, permutations
+from itertools import islice, product
 from random import Random
 
 import numpy as np
@@ -94,16 +94,9 @@ def judge(wanted: Wanted, picture: Image.Image) -> Verdict:
     """
     reading = read(np.asarray(picture))
     found, things = reading.objects, wanted.things
-    fits = [[_fits(thing, one) for one in found] for thing in things]
-    blanks = [None] * len(things)
-    best, at = (-1, -1), tuple(blanks)
-    for tried in set(permutations([*range(len(found)), *blanks], len(things))):
-        if all(n is None or fits[i][n] for i, n in enumerate(tried)):
-            kept = sum(n is not None and things[i].kept for i, n in enumerate(tried))
-            changed = sum(n is not None and not things[i].kept for i, n in enumerate(tried))
-            changed -= 0 if _linked(wanted, found, tried) else 0.5
-            if (kept, changed) > best:
-                best, at = (kept, changed), tried
+    choices = [[n for n, one in enumerate(found) if _fits(thing, one)] + [None] for thing in things]
+    ways = [at for at in product(*choices) if len(taken := [n for n in at if n is not None]) == len(set(taken))]
+    at = max(ways, key=lambda at: _worth(wanted, found, at))
     background = wanted.background in (None, reading.background)
     kept = background and all(n is not None for n, thing in zip(at, things, strict=True) if thing.kept)
     there = all(n is not None for n, thing in zip(at, things, strict=True) if not thing.kept)
@@ -237,6 +230,12 @@ def _go_on(dialogue: Dialogue, picture: Image.Image, split: str) -> None:
         number = None if step.focus is None else verdict.at[step.focus]
         focus = None if number is None else verdict.scene.objects[number]
         dialogue.step = next_step(dialogue.scenes, focus, split, dialogue.rng, gap=0)
+
+
+def _worth(wanted: Wanted, found: Sequence[Found], at: Sequence[int | None]) -> tuple[int, int, bool]:
+    """By what one way to see the wanted things in those found is better than another."""
+    there = [thing.kept for n, thing in zip(at, wanted.things, strict=True) if n is not None]
+    return sum(there), len(there), _linked(wanted, found, at)
 
 
 def _fits(thing: Thing, one: Found) -> bool:
