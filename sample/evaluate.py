@@ -278,7 +278,7 @@ def world(args: World) -> None:
     pipeline = Pipeline.from_release(args.release)
 
     def draw(prompts, seeds):
-        return pipeline(prompts, seeds, **vars(args.drawing))
+        return pipeline(prompts, seeds, args.drawing)
 
     measures: dict[str, Measure] = {}
     judged: list[Judged] = []

@@ -114,9 +114,9 @@ def draw(args: Args, jobs: Sequence[Job]) -> None:
 
     from sample.grid import Cell, Row, sheet
     from sample.pictures import open_picture
-    from sample.pipeline import Pipeline
+    from sample.pipeline import Asked, Pipeline
 
-    sources = [open_picture(path) for path in args.image]
+    sources = tuple(open_picture(path) for path in args.image)
     pipeline = Pipeline.from_release(args.release)
     pipeline.check([job.prompt for job in jobs])
     about = {"release": pipeline.fingerprint, **settings(args.drawing), "software": "querybridge"}
@@ -124,12 +124,7 @@ def draw(args: Args, jobs: Sequence[Job]) -> None:
     starts = range(0, len(jobs), args.batch_size)
     for start in track(starts, "drawing", transient=True, disable=not sys.stderr.isatty()):
         batch = jobs[start : start + args.batch_size]
-        pictures = pipeline(
-            [job.prompt for job in batch],
-            [job.seed for job in batch],
-            [sources] * len(batch),
-            **vars(args.drawing),
-        )
+        pictures = pipeline([Asked(job.prompt, sources) for job in batch], [job.seed for job in batch], args.drawing)
         for job, picture in zip(batch, pictures, strict=True):
             save(args.out / job.name, picture, {"prompt": job.prompt, "seed": job.seed, **about})
             rows.append(Row(job.prompt, (Cell(picture),)))

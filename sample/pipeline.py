@@ -1,7 +1,7 @@
-"""A release -> a callable that draws: prompts (and pictures to start from) and one seed per picture in, pictures out.
+"""A release -> a callable that draws: what is asked and one seed per picture in, pictures out.
 
-A picture depends on its prompt, its seed and the settings, not on its neighbours: each distinct prompt is read by the MLLM
-alone (one prefill, whatever the number of pictures and guidance branches), each seed has its own generator.
+A picture depends on what is asked, its seed and the settings, not on its neighbours: each distinct prompt is read by the
+MLLM alone (one prefill, whatever the number of pictures and guidance branches), each seed has its own generator.
 
 Shape letters: B pictures of a batch, Q queries, C conditioning width, c h w latent channels, height, width, H W pixels.
 """
@@ -9,8 +9,10 @@ Shape letters: B pictures of a batch, Q queries, C conditioning width, c h w lat
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -21,12 +23,37 @@ from data.transforms import to_pil
 from model.assets import fingerprint
 from model.metaquery import MetaQuery
 from model.store import load
-from sample.guidance import Branch, guided
-from sample.settings import Guidance, SolverName
+from sample.guidance import Branch, Predict, guided
+from sample.settings import Drawing, Guidance
 from sample.solver import solve
 
 Pictures = tuple[Image.Image, ...]
 REMEMBERED = 64  # conditions kept between calls; at 256 queries of width 2304 each takes 2.4 MB
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a picture is drawn from: a prompt and the pictures to start from, or, in their place, what an MLLM that has read
+    something longer tells the decoder."""
+
+    prompt: str = ""
+    images: Pictures = ()
+    condition: Tensor | None = None  # [1, Q, C]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a drawing is. `latents` [B, c, h, w] are what it would come to from here; `Pipeline.decode` shows them."""
+
+    call: int
+    """Of the decoder, from 1."""
+    time: Tensor
+    """[], from 1 (noise) to 0 (data)."""
+    latents: Tensor
+
+
+Watch = Callable[[Progress], None]
+"""Looks at a drawing after each call of the decoder; what it raises ends the drawing."""
 
 
 class Pipeline:
@@ -47,55 +74,45 @@ class Pipeline:
 
     def __call__(
         self,
-        prompts: Sequence[str],
+        asked: Sequence[Asked | str],
         seeds: Sequence[int],
-        images: Sequence[Sequence[Image.Image]] | None = None,
-        steps: int = 30,
-        guidance: float | Guidance = 3.0,
-        negative: str = "",
-        solver: SolverName = "dpm++",
-        height: int = 0,
-        width: int = 0,
+        drawing: Drawing = Drawing(),
+        watch: Watch | None = None,
     ) -> list[Image.Image]:
-        """One RGB picture for each prompt and its seed; `images` are what each prompt's picture starts from.
-
-        A plain number as `guidance` is text guidance; 1 runs no second branch. `negative` replaces the empty prompt. Height
-        and width are pixels, 0 as trained; shapes that the decoder never learned come out as they may.
+        """One RGB picture for each that is asked (a string is a prompt) and its seed; shapes that the decoder never learned
+        come out as they may.
 
         Raises:
             ValueError: lengths differ, a prompt is too long, or a setting is impossible.
         """
-        drawn = self.draw(prompts, seeds, images, steps, guidance, negative, solver, height, width)
-        return [to_pil(pixels) for pixels in drawn]
+        return [to_pil(pixels) for pixels in self.draw(asked, seeds, drawing, watch)]
 
     @torch.no_grad()
     def draw(
         self,
-        prompts: Sequence[str],
+        asked: Sequence[Asked | str],
         seeds: Sequence[int],
-        images: Sequence[Sequence[Image.Image]] | None = None,
-        steps: int = 30,
-        guidance: float | Guidance = 3.0,
-        negative: str = "",
-        solver: SolverName = "dpm++",
-        height: int = 0,
-        width: int = 0,
+        drawing: Drawing = Drawing(),
+        watch: Watch | None = None,
     ) -> Tensor:
         """As `__call__`, before rounding: pixels [B, 3, H, W] in [-1, 1]."""
-        if not prompts or len(prompts) != len(seeds) or (images is not None and len(images) != len(prompts)):
-            raise ValueError("draw: give as many seeds (and lists of images) as prompts, at least one")
-        guidance = guidance if isinstance(guidance, Guidance) else Guidance(text=guidance)
-        sources = [tuple(pictures) for pictures in images or [()] * len(prompts)]
+        if not asked or len(asked) != len(seeds):
+            raise ValueError("draw: give as many seeds as pictures are asked for, at least one")
+        whole = [Asked(each) if isinstance(each, str) else each for each in asked]
         model, generators = self.model, [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = model.shape_of(height or model.image_size, width or model.image_size)  # (c, h, w)
+        shape = model.shape_of(drawing.height or model.image_size, drawing.width or model.image_size)  # (c, h, w)
 
         def fresh() -> Tensor:
             rows = [torch.randn(shape, generator=generator) for generator in generators]
             return torch.stack(rows).to(model.mllm.device)  # [B, c, h, w]
 
-        predict = guided(model.decoder, self._branches(prompts, sources, guidance, negative), guidance)
-        latents = solve(predict, fresh(), steps, model.noising, solver, fresh)  # [B, c, h, w]
-        return model.vae.decode(latents)
+        predict = guided(model.decoder, self._branches(whole, drawing.guidance, drawing.negative), drawing.guidance)
+        predict = predict if watch is None else self._watched(predict, watch)
+        return self.decode(solve(predict, fresh(), drawing.steps, model.noising, drawing.solver, fresh))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, c, h, w] of unit variance -> pixels [B, 3, H, W] in [-1, 1]."""
+        return self.model.vae.decode(latents)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -107,30 +124,40 @@ class Pipeline:
         for prompt in dict.fromkeys(prompts):
             self.model.mllm.builder.draw([prompt])
 
-    def _branches(
-        self, prompts: Sequence[str], sources: Sequence[Pictures], guidance: Guidance, negative: str
-    ) -> list[Branch]:
+    def _watched(self, predict: Predict, watch: Watch) -> Predict:
+        calls = count(1)
+
+        def predict_and_tell(x: Tensor, t: Tensor) -> Tensor:
+            prediction = predict(x, t)
+            watch(Progress(next(calls), t[0], self.model.noising.to_data(x, prediction, t)))
+            return prediction
+
+        return predict_and_tell
+
+    def _branches(self, asked: Sequence[Asked], guidance: Guidance, negative: str) -> list[Branch]:
         """Nothing, images only, everything; a branch of weight 0 is not read either."""
-        weights = guidance.weights(with_images=any(sources))
-        asked = (
-            [(negative, ()) for _ in prompts],
-            [(negative, pictures) for pictures in sources],
-            list(zip(prompts, sources, strict=True)),
+        weights = guidance.weights(with_images=any(each.images for each in asked))
+        told = (
+            [Asked(negative) for _ in asked],
+            [Asked(negative, each.images) for each in asked],
+            asked,
         )
         branches = [
-            Branch(weight, torch.cat([self._condition(prompt, pictures) for prompt, pictures in branch]))  # [B, Q, C]
-            for weight, branch in zip(weights, asked, strict=True)
-            if weight != 0 or branch is asked[-1]
+            Branch(weight, torch.cat([self._condition(each) for each in branch]))  # [B, Q, C]
+            for weight, branch in zip(weights, told, strict=True)
+            if weight != 0 or branch is asked
         ]
         while len(self._conditions) > REMEMBERED:
             self._conditions.popitem(last=False)  # the one not used for longest
         return branches
 
-    def _condition(self, prompt: str, pictures: Pictures) -> Tensor:
+    def _condition(self, asked: Asked) -> Tensor:
         """What the decoder is told [1, Q, C]; the MLLM reads each distinct prompt once."""
-        key = _digest(prompt, pictures)
+        if asked.condition is not None:
+            return asked.condition
+        key = _digest(asked)
         if key not in self._conditions:
-            prefix = self.model.mllm.builder.draw([prompt], [pictures]).to(self.model.mllm.device)
+            prefix = self.model.mllm.builder.draw([asked.prompt], [asked.images]).to(self.model.mllm.device)
             self._conditions[key] = self.model.condition(prefix)
         self._conditions.move_to_end(key)
         return self._conditions[key]
@@ -143,8 +170,8 @@ def default_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def _digest(prompt: str, pictures: Pictures) -> bytes:
-    digest = hashlib.sha256(prompt.encode())
-    for picture in pictures:
+def _digest(asked: Asked) -> bytes:
+    digest = hashlib.sha256(asked.prompt.encode())
+    for picture in asked.images:
         digest.update(f"\0{picture.mode}{picture.size}".encode() + picture.tobytes())
     return digest.digest()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-SolverName = Literal["dpm++", "euler", "heun", "euler_maruyama"]
+SolverName = Literal["dpm++", "unipc", "euler", "heun", "euler_maruyama"]
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,13 @@ Shape letters: B batch, c h w latent channels, height, width.
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from diffusers import DPMSolverMultistepScheduler  # pyright: ignore[reportPrivateImportUsage]
+from diffusers import (  # pyright: ignore[reportPrivateImportUsage]
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from model.noise import FlowMatching, Noising
@@ -85,12 +88,19 @@ def euler_maruyama(predict: Predict, noise: Tensor, steps: int, noising: Noising
 
 
 def dpm_plus_plus(predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: Fresh) -> Tensor:
-    """DPM-Solver++ (2M) of diffusers (Lu et al. 2022), on our grid.
+    """DPM-Solver++ (2M) of diffusers (Lu et al. 2022)."""
+    return _multistep(DPMSolverMultistepScheduler, predict, noise, steps, noising)
 
-    Its own grid would start at 0.999 instead of 1 and hand out times cut to integers, so it is given ours.
-    """
+
+def unipc(predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: Fresh) -> Tensor:
+    """UniPC of diffusers (Zhao et al. 2023), of order 2: each step corrects the one before it by what it has seen since."""
+    return _multistep(UniPCMultistepScheduler, predict, noise, steps, noising)
+
+
+def _multistep(kind: Any, predict: Predict, noise: Tensor, steps: int, noising: Noising) -> Tensor:
+    """A scheduler of diffusers on our grid: its own would start at 0.999 instead of 1 and hand out times cut to integers."""
     flow = isinstance(noising, FlowMatching)
-    scheduler = DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=flow)
+    scheduler = kind(prediction_type="sample", use_flow_sigmas=flow)
     scheduler.set_timesteps(steps)
     scheduler.set_begin_index(0)
     grid = noising.grid(steps)  # [steps + 1]
@@ -105,6 +115,7 @@ def dpm_plus_plus(predict: Predict, noise: Tensor, steps: int, noising: Noising,
 
 SOLVERS: dict[SolverName, Solver] = {
     "dpm++": dpm_plus_plus,
+    "unipc": unipc,
     "euler": euler,
     "heun": heun,
     "euler_maruyama": euler_maruyama,

@@ -23,6 +23,7 @@ from data.shard_index import index_shard
 from data.shards import Shards
 from data.transforms import ORIENTATION, UNKNOWN, decode_image, resize_and_crop, to_rgb, to_tensor, upright_shape
 from sample.pipeline import Pipeline
+from sample.settings import Drawing
 from tests import tiny, tiny_repae
 from tests.releases import release
 from tests.two_ranks import tiny_run
@@ -257,7 +258,7 @@ def test_a_bridge_trains_on_all_shapes_and_draws_them(shards, tmp_path):
     run = parse(tiny_run(tmp_path, tmp_path / "out", "--engine.precision", "fp32"))
     assert len(set(trained(run, shards, "t2i"))) > 1
     pipeline = Pipeline.from_release(release(tmp_path / "release"))
-    (picture,) = pipeline(["a star"], [1], steps=2, height=8, width=32)
+    (picture,) = pipeline(["a star"], [1], Drawing(2, height=8, width=32))
     assert picture.size == (32, 8)
     with pytest.raises(ValueError, match="height 9, width 16: the autoencoder takes multiples of 2"):
         pipeline(["a star"], [1], steps=2, height=9)

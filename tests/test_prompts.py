@@ -8,6 +8,7 @@ import torch
 
 from model import store
 from sample.pipeline import Pipeline
+from sample.settings import Drawing
 from tests.test_repae import FP32, assert_alike
 from tests.tiny_repae import BATCH, STEPS, advance, build, in_plain_torch, prompted_run, weights
 from tests.toy import save
@@ -72,7 +73,7 @@ def test_the_release_is_a_metaquery_that_says_the_same(folder, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model(batch.prefix, x_t, t), expected.velocity)
     assert model.vae.statistics[0] == pytest.approx(task.sit.norm.statistics()[0])
-    assert Pipeline(model)(["a red circle"], [0], steps=2)[0].size == (16, 16)
+    assert Pipeline(model)(["a red circle"], [0], Drawing(2))[0].size == (16, 16)
     assert all(parameter.requires_grad for parameter in task.sit.parameters())  # a release freezes copies
     again: Any = prompted_run(folder, FP32)
     told = replace(again.task.told, init=tmp_path / "moved" / "bridge")

@@ -47,7 +47,7 @@ def error(noising: Noising, method: SolverName, steps: int) -> float:
 
 
 @pytest.mark.parametrize("kind", NOISINGS)
-@pytest.mark.parametrize(("method", "bound"), [("euler", 0.04), ("heun", 0.02), ("dpm++", 0.02)])
+@pytest.mark.parametrize(("method", "bound"), [("euler", 0.04), ("heun", 0.02), ("dpm++", 0.02), ("unipc", 0.02)])
 def test_solvers_reach_the_exact_solution(kind, method, bound):
     assert error(NOISINGS[kind], method, 256) < bound
 
@@ -61,8 +61,9 @@ def test_twice_the_steps_shrink_the_error_by_the_order(kind, method, order):
 
 
 @pytest.mark.parametrize("kind", ["flow", "flow, shift 3"])
-def test_dpm_solver_beats_euler_at_thirty_steps(kind):
-    assert error(NOISINGS[kind], "dpm++", 30) < error(NOISINGS[kind], "euler", 30) / 4
+@pytest.mark.parametrize("method", ["dpm++", "unipc"])
+def test_multistep_solvers_beat_euler_at_thirty_steps(kind, method):
+    assert error(NOISINGS[kind], method, 30) < error(NOISINGS[kind], "euler", 30) / 4
 
 
 @pytest.mark.parametrize("kind", NOISINGS)

@@ -9,6 +9,7 @@ from model.files import write_whole
 from model.metaquery import MetaQuery
 from sample.grid import Cell, Row, sheet
 from sample.pipeline import Pipeline
+from sample.settings import Drawing, Guidance
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class PreviewConfig:
 def draw_preview(model: MetaQuery, config: PreviewConfig, path: Path) -> None:
     """Write the sheet of all prompts to `path`, a PNG."""
     seeds = range(config.seed, config.seed + len(config.prompts))
-    pictures = Pipeline(model)(config.prompts, list(seeds), steps=config.steps, guidance=config.guidance)
+    drawing = Drawing(config.steps, Guidance(config.guidance))
+    pictures = Pipeline(model)(config.prompts, seeds, drawing)
     rows = [Row(prompt, (Cell(picture),)) for prompt, picture in zip(config.prompts, pictures, strict=True)]
     write_whole(path, lambda part: sheet(rows).save(part, format="PNG"))
