@@ -16,7 +16,6 @@ A place is right within `TOLERANCE`; one that words leave open is right where th
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice, product
 from random import Random
 
@@ -24,20 +23,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.transforms import to_pil
 from data.world.asks import DREW, Ask, Step, first_step, make_ask, next_step
 from data.world.edits import differ
 from data.world.reader import Found, read
 from data.world.render import render
 from data.world.scene import SIZES, Object, Scene, make_scene, random_for, relation
 from data.world.wanted import Thing, Wanted
-from model.prefix import Turn
+from model.prefix import DRAW_SYSTEM, Turn
 from sample.grid import Cell, Row, table
-from sample.guidance import Branch, guided
 from sample.measures import Measure, mean, share
-from sample.pipeline import Pipeline
+from sample.pipeline import Asked, Pipeline
 from sample.settings import Drawing
-from sample.solver import solve
 
 TOLERANCE = 0.08  # a place is right within this share of the canvas
 PERFECT = 60.0  # dB, where a picture is the same to the level
@@ -107,29 +103,15 @@ def judge(wanted: Wanted, picture: Image.Image) -> Verdict:
 
 
 def drawer(pipeline: Pipeline, drawing: Drawing) -> Draw:
-    """Draws what a release makes of whole conversations; the branch without words sees the last picture alone."""
+    """Draws what a release makes of whole conversations."""
 
     @torch.no_grad()
     def draw(conversations: Conversations, seeds: Sequence[int]) -> list[Image.Image]:
-        model = pipeline.model
-        builder, generators = model.mllm.builder, [torch.Generator().manual_seed(seed) for seed in seeds]
-        pictures = [[image for turn in turns for image in turn.images][-1:] for turns in conversations]
-        empty = [drawing.negative] * len(conversations)
-        weights = drawing.guidance.weights(with_images=any(pictures))
-        prefixes = (partial(builder.draw, empty), partial(builder.draw, empty, pictures), partial(builder, conversations))
-        branches = [
-            Branch(weight, model.condition(prefix().to(model.mllm.device)))
-            for weight, prefix in zip(weights, prefixes, strict=True)
-            if weight != 0 or prefix is prefixes[-1]
-        ]
-
-        def fresh() -> torch.Tensor:
-            shape = model.shape_of(drawing.height or model.image_size, drawing.width or model.image_size)
-            return torch.stack([torch.randn(shape, generator=each) for each in generators]).to(model.mllm.device)
-
-        predict = guided(model.decoder, branches, drawing.guidance)
-        latents = solve(predict, fresh(), drawing.steps, model.noising, drawing.solver, fresh)
-        return [to_pil(pixels) for pixels in model.vae.decode(latents)]
+        mllm = pipeline.model.mllm
+        conditions = pipeline.model.condition(mllm.builder(conversations).to(mllm.device)).split(1)  # each [1, Q, C]
+        orders = [turns[-1] for turns in conversations]
+        asked = [Asked(order.text, order.images, told) for order, told in zip(orders, conditions, strict=True)]
+        return pipeline(asked, seeds, drawing)
 
     return draw
 
@@ -214,7 +196,7 @@ def grid(judged: Sequence[Judged], dialogues: Sequence[Dialogue], rows: int = 12
 
 def _begin(seed: int, index: int, split: str) -> Dialogue:
     rng = random_for(seed, "three turns", split, index)
-    return Dialogue([], first_step(make_scene(seed, index, split), split, rng), rng)
+    return Dialogue([Turn("system", DRAW_SYSTEM)], first_step(make_scene(seed, index, split), split, rng), rng)
 
 
 def _go_on(dialogue: Dialogue, picture: Image.Image, split: str) -> None:

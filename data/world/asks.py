@@ -7,7 +7,7 @@
     subject      one or two pictures of one object each, to be drawn in another arrangement
     dialogue     several turns that each drew something: "draw a red circle", "make it blue", "add a star above it"
 
-What was drawn earlier joins the next turn of the user, as in `sample.chat`; to an order to draw the assistant says `DREW`.
+What was drawn earlier joins the next turn of the user; to an order to draw the assistant says `DREW`.
 """
 
 import random
@@ -33,7 +33,7 @@ ONCE_MORE = ("draw it again", "draw the same picture again", "once more, please"
 BACK = ("undo that", "go back to the picture before", "take that back")
 ANSWERED = ("Here it is.", "Done.", "Here is the picture.")
 SYSTEMS = ("You are a helpful assistant.", "You look at pictures, answer questions and draw.")
-ORDERS = ("draw ", "draw ", "please draw ", "now draw ", "")
+ORDERS = ("", "", "draw ", "please draw ", "now draw ")
 SPARE = 1 << 40  # where a scene allows nothing of a kind, the scene so many numbers later takes its place
 
 
@@ -203,7 +203,7 @@ def _dialogue(seed: int, index: int, split: str, size: int, rng: random.Random) 
 
 def _steps(scene: Scene, split: str, orders: int, size: int, rng: random.Random) -> Ask | None:
     turns, pictures = list(_system(rng)), ()
-    reply = DREW if rng.random() < 0.7 else rng.choice(ANSWERED)
+    reply = DREW if rng.random() < 0.85 else rng.choice(ANSWERED)
     scenes, focus = [], None
     step: Step | None
     if rng.random() < 0.2:  # the user begins with a picture
@@ -295,9 +295,9 @@ def _plain(text: str, images: tuple[Image.Image, ...] = ()) -> tuple[Turn, ...]:
 
 def _system(rng: random.Random) -> tuple[Turn, ...]:
     chance = rng.random()
-    if chance < 0.5:
+    if chance < 0.3:
         return ()
-    return (Turn("system", DRAW_SYSTEM if chance < 0.75 else rng.choice(SYSTEMS)),)
+    return (Turn("system", DRAW_SYSTEM if chance < 0.8 else rng.choice(SYSTEMS)),)
 
 
 _MAKERS = {
