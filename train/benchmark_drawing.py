@@ -26,7 +26,7 @@ from model.store import load
 from sample.guidance import Branch, Predict, guided
 from sample.measures import Measure, show, spread
 from sample.pipeline import Pipeline
-from sample.settings import Guidance
+from sample.settings import Drawing, Guidance
 from sample.solver import solve
 from train import stand_in
 from train.machine import record, timed
@@ -136,7 +136,7 @@ def blank(model: MetaQuery, args: Drawn, prompts: Sequence[str], images: Any = N
 
 def ours(model: MetaQuery, args: Drawn, count: int) -> Tensor:
     """Pixels [n, 3, H, W] of the prompt, one seed each; a pipeline that remembers nothing yet."""
-    return Pipeline(model).draw([args.prompt] * count, range(count), steps=args.steps, guidance=args.guidance)
+    return Pipeline(model).draw([args.prompt] * count, range(count), Drawing(args.steps, Guidance(args.guidance)))
 
 
 @torch.no_grad()

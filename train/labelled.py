@@ -54,6 +54,12 @@ class LabelledTaskConfig:
     """Points along a side of a latent token's cell."""
     init: Path | None = None
     """The release of an earlier run to go on from, of the same shape or a coarser patch. None: fresh weights."""
+    train_labels: bool = True
+    """False: the SiT is told in the words that it knows from `init`, and a bridge that speaks them stays right."""
+
+    def __post_init__(self) -> None:
+        if not self.train_labels and self.init is None:
+            raise ValueError("task.train_labels is off, and fresh labels say nothing; give task.init, or train them")
 
     def build(self, run: Run, ranks: Ranks) -> LabelledTask:
         """Load the VAE, make SiT and labels, hand both to one engine."""
@@ -64,6 +70,7 @@ class LabelledTaskConfig:
         module = LabelledSiT(self.sit, self.align_points if self.align else 0)
         if self.init is not None:
             module.start(self.init)
+        module.labels.requires_grad_(self.train_labels)
         points = (self.sit.latent_size // self.sit.patch, self.align_points) if self.align else None
         loader = loader_for(LabelledCollate(run.data.image_size, points=points), run, ranks)
         vae = load_vae(self.vae).to(ranks.device)
