@@ -29,6 +29,7 @@ from model.prefix import DRAW_SYSTEM, Turn
 
 KINDS = ("caption", "edit", "reconstruct", "subject", "dialogue")
 DREW = ""
+THINK = "Plan the picture first: what is in it, and where."
 AGAIN = ("draw this picture again", "draw the same picture", "copy this picture", "reproduce the image", "draw exactly this")
 ONCE_MORE = ("draw it again", "draw the same picture again", "once more, please")
 BACK = ("undo that", "go back to the picture before", "take that back")
@@ -152,7 +153,8 @@ def _caption(seed: int, index: int, split: str, size: int, rng: random.Random) -
     caption = describe(scene, random_for(seed, "caption", split, index))
     turns = _framed(caption.text, (), rng)
     if rng.random() < PLANNED:
-        turns = (*turns, Turn("assistant", plan(caption, rng)), turns[-1])
+        asked = Turn("user", f"{turns[-1].text}\n{THINK}")
+        turns = (*turns[:-1], asked, Turn("assistant", plan(caption, rng)), turns[-1])
     return Ask("caption", "caption", turns, by_caption(caption))
 
 
