@@ -2,7 +2,7 @@
 alone, then tuned together with the SiT (REPA-E), and both go on alone from there.
 
     python -m train.assets            # all of them; goes on where it was stopped
-    python -m train.assets bridge     # one of them, on top of those that are there
+    python -m train.assets tell_all   # one of them, on top of those that are there
 
 Every stage is an ordinary run under runs/assets/. Its release replaces the folder in assets/world/, and
 assets/world/README.md records command, seed, steps, wall time, losses and last metrics, read from the run's own files.
@@ -55,7 +55,8 @@ STAGES = (
         ("--task.init", "runs/assets/joint/release/sit", "--task.vae.path", "runs/assets/joint/release/vae"),
     ),
     Stage("tell", "metaquery.tell", None),
-    Stage("bridge", "metaquery.world", "release", ("--task.init", "runs/assets/tell/release", "--optim.lr", "2e-4")),
+    Stage("bridge", "metaquery.world", None, ("--task.init", "runs/assets/tell/release", "--optim.lr", "2e-4")),
+    Stage("tell_all", "metaquery.tell_all", "release", ("--task.init", "runs/assets/bridge/release")),
 )
 
 

@@ -155,10 +155,10 @@ class MetaQueryTask(BridgeTask, LoaderTask):
         return self.model.vae.encode(batch.pixels)
 
 
-def start_from(model: MetaQuery, release: Path, decoder: bool = True) -> None:
-    """Take the tensors of a release over into a model of the same shape, in which more of the decoder may train; without
-    `decoder`, those of queries and connector alone. Raises ValueError when they do not fit."""
-    tensors = read_tensors(release / "model.safetensors") if decoder else bridge_tensors(release)
+def start_from(model: MetaQuery, release: Path) -> None:
+    """Take the tensors of a release over into a model of the same shape, in which more of the decoder may train. Raises
+    ValueError when they do not fit."""
+    tensors = read_tensors(release / "model.safetensors")
     wanted = {name: t for name, t in model.own_tensors().items() if name in tensors or not name.startswith("decoder.")}
     match(tensors, wanted, release / "model.safetensors")
     model.load_state_dict(tensors, strict=False)  # names are checked; the frozen rest came with the decoder

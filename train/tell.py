@@ -10,14 +10,14 @@ Q queries, C conditioning width, K words a token, N objects, S ways to tell an o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.dropout import drop
 from data.loader import Data, Positions, World
@@ -25,7 +25,7 @@ from data.world.asks import KINDS, Mix, heard, make_ask
 from data.world.labels import CHOICES, OBJECTS, absent, encode_choice, encode_wanted, nothing
 from data.world.wanted import Wanted
 from model.labels import Labels, load_labels
-from model.metaquery import MetaQuery, MetaQueryConfig, build
+from model.metaquery import Bridge, MetaQuery, MetaQueryConfig, build
 from model.prefix import Prefix, PrefixBuilder
 from train.engine import Engine, micro_batch_size
 from train.metaquery import BridgeTask, start_from
@@ -50,26 +50,31 @@ class TellTaskConfig:
     spare: float = 0.3
     """Weight of the queries beyond those that are told something: they tell of things that are not there."""
     init: Path | None = None
-    """A release whose queries and connector are the start. None: fresh ones."""
+    """A release whose queries and connector are the start, and whose decoder's trained parts stay as they are. None: fresh
+    queries and connector, and the decoder as it was released."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
     def build(self, run: Run, ranks: Ranks) -> TellTask:
         """Load the frozen parts and the labels of the decoder, and hand queries and connector to an engine."""
         if self.model.queries < TOLD:
             raise ValueError(f"task.model.queries is {self.model.queries}; a scene is told in {TOLD} tokens, give as many")
+        if self.model.read != "queries":
+            raise ValueError(f"task.model.read is {self.model.read}; a bridge without queries is told nothing, give queries")
         if run.data.task != "t2i":
             raise ValueError(f"data.task is {run.data.task}; a bridge is told what task.mix says, give t2i")
         others = "data.sources: asks of the generated world are told, and nothing else; give one world"
         world = only_world(run.data, others)
-        model = build(replace(self.model, trainable=()))
+        model = build(self.model)
         if self.init is not None:
-            start_from(model, self.init, decoder=False)
+            start_from(model, self.init)
         model.place(ranks.device)
         labels = load_labels(self.model.decoder.path).to(ranks.device)
         size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
         rows = range(ranks.rank, size * ranks.world, ranks.world)
         asks = Asks(world, self.mix, model.mllm.builder, run.data, run.seed, rows)
-        return TellTask(self, model, labels, engine_for(Teller(model), run, ranks), asks, ranks)
+        assert model.queries is not None
+        bridge = Bridge(model.mllm, model.queries, model.connector)
+        return TellTask(self, model, labels, engine_for(bridge, run, ranks), asks, ranks)
 
 
 class ToldBatch(NamedTuple):
@@ -99,24 +104,14 @@ class Asks(Positions[ToldBatch]):
             turns.append(said)
             told.append(_label(wanted))
             kinds.append(KINDS.index(ask.kind))
-        parts = [torch.from_numpy(np.stack(part)) for part in zip(*told, strict=True)]
-        return ToldBatch(self._builder(turns), *parts, torch.tensor(kinds))
-
-
-class Teller(nn.Module):
-    """The bridge without its decoder's forward."""
-
-    def __init__(self, model: MetaQuery) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, prefix: Prefix) -> Tensor:
-        """Prefix of B rows -> conditioning [B, Q, C]."""
-        return self.model.condition(prefix)
+        words, places, *ways = (torch.from_numpy(np.stack(part)) for part in zip(*told, strict=True))
+        row, open_words, open_places = ways
+        return ToldBatch(self._builder(turns), words, places, row, open_words, open_places, torch.tensor(kinds))
 
 
 class TellTask(BridgeTask):
-    """Regresses the bridge's conditioning on the label tokens of what is asked; the release holds queries and connector."""
+    """Regresses the bridge's conditioning on the label tokens of what is asked; the decoder's part of the release is that of
+    the start."""
 
     def __init__(
         self, config: TellTaskConfig, model: MetaQuery, labels: Labels, engine: Engine, asks: Asks, ranks: Ranks

@@ -19,6 +19,7 @@ from PIL import Image
 
 from data.dropout import Dropped
 from data.world.captions import Caption, Group, describe
+from data.world.conversations import plan
 from data.world.edits import SIDE_GAP, SIDES, Edit, Naming, edits_of, keeps_rules, make_edit, refer
 from data.world.questions import questions
 from data.world.render import render
@@ -28,12 +29,14 @@ from model.prefix import DRAW_SYSTEM, Turn
 
 KINDS = ("caption", "edit", "reconstruct", "subject", "dialogue")
 DREW = ""
+THINK = "Plan the picture first: what is in it, and where."
 AGAIN = ("draw this picture again", "draw the same picture", "copy this picture", "reproduce the image", "draw exactly this")
 ONCE_MORE = ("draw it again", "draw the same picture again", "once more, please")
 BACK = ("undo that", "go back to the picture before", "take that back")
 ANSWERED = ("Here it is.", "Done.", "Here is the picture.")
 SYSTEMS = ("You are a helpful assistant.", "You look at pictures, answer questions and draw.")
 ORDERS = ("", "", "draw ", "please draw ", "now draw ")
+PLANNED = 0.05  # of captions
 SPARE = 1 << 40  # where a scene allows nothing of a kind, the scene so many numbers later takes its place
 
 
@@ -145,10 +148,14 @@ def picture_of(scene: Scene, size: int) -> Image.Image:
 
 
 def _caption(seed: int, index: int, split: str, size: int, rng: random.Random) -> Ask:
-    """In the words of `train.tell` of old for the same number."""
+    """Now and then the assistant has first planned the picture, and is asked once more."""
     scene = make_scene(seed, index, split)
     caption = describe(scene, random_for(seed, "caption", split, index))
-    return Ask("caption", "caption", _framed(caption.text, (), rng), by_caption(caption))
+    turns = _framed(caption.text, (), rng)
+    if rng.random() < PLANNED:
+        asked = Turn("user", f"{turns[-1].text}\n{THINK}")
+        turns = (*turns[:-1], asked, Turn("assistant", plan(caption, rng)), turns[-1])
+    return Ask("caption", "caption", turns, by_caption(caption))
 
 
 def _edit(seed: int, index: int, split: str, size: int, rng: random.Random) -> Ask:

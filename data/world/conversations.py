@@ -84,12 +84,11 @@ def _read(scene: Scene, rng: random.Random) -> tuple[Turn, ...]:
     return _turns(asked, ())
 
 
-def _plan(scene: Scene, rng: random.Random) -> tuple[Turn, ...]:
-    """The drawing instruction, a caption, and the plan of it: "2 small blue square left. 4 none. background any. ..."
+def plan(caption: Caption, rng: random.Random) -> str:
+    """What a caption asks to draw: "2 small blue square left. 4 none. background any. ..."
 
     Things are numbered as the caption says them. The lines come in any order, so that each has to be found by its number
     alone, as a query has to that reads beside the others."""
-    caption = describe(scene, rng)
     places = {}
     if caption.link is not None:
         first, words, second = caption.link
@@ -103,7 +102,13 @@ def _plan(scene: Scene, rng: random.Random) -> tuple[Turn, ...]:
     lines = [f"{number} {thing}." for number, thing in enumerate(things, start=1)]
     lines.append(f"background {caption.background or 'any'}.")
     rng.shuffle(lines)
-    return Turn("system", DRAW_SYSTEM), Turn("user", caption.text), Turn("assistant", " ".join(lines))
+    return " ".join(lines)
+
+
+def _plan(scene: Scene, rng: random.Random) -> tuple[Turn, ...]:
+    """The drawing instruction, a caption, and the plan of it."""
+    caption = describe(scene, rng)
+    return Turn("system", DRAW_SYSTEM), Turn("user", caption.text), Turn("assistant", plan(caption, rng))
 
 
 def _pairs(asked: list[Question]) -> list[tuple[str, str]]:
