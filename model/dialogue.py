@@ -37,8 +37,8 @@ class Dialogue:
         length = len(row.ids)
         if length + room > self.mllm.context:
             raise ValueError(
-                f"the conversation has {length} tokens, the answer may have {room} "
-                f"and the model reads {self.mllm.context}; shorten the question, or /reset the conversation"
+                f"the conversation has {length} tokens, what follows may have {room} "
+                f"and the model reads {self.mllm.context}; shorten the question, or reset the conversation"
             )
         known, count = self._beginning(row)
         prefix = self._builder.batch([row])
@@ -92,17 +92,21 @@ def _shared(old: Row, new: Row) -> int:
     return count
 
 
+def _digest(image: Image.Image) -> bytes:
+    return hashlib.blake2b(f"{image.mode}{image.size}".encode() + image.tobytes()).digest()
+
+
 class _Remembered:
     """An image reader that looks at each image once, and says of the same image the same thing."""
 
     def __init__(self, reader: ImageReader):
         self.reader = reader
-        self.image_id = reader.image_id
+        self.image_id, self.minds_company = reader.image_id, reader.minds_company
         self._seen: dict[tuple[bytes, bool], Seen] = {}
 
     def __call__(self, image: Image.Image, alone: bool) -> Seen:
         """See `ImageReader`."""
-        key = hashlib.blake2b(f"{image.mode}{image.size}".encode() + image.tobytes()).digest(), alone
+        key = _digest(image), alone and self.minds_company
         if key not in self._seen:
             self._seen[key] = self.reader(image, alone)
         return self._seen[key]

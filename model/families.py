@@ -18,6 +18,8 @@ _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"
 class ProcessorImages:
     """Images through the processor that transformers has for the model."""
 
+    minds_company = False
+
     def __init__(self, processor: Any):
         self.processor = processor
         self.image_id: int = processor.image_token_id
@@ -53,6 +55,8 @@ class ImageTextToText(FrozenMLLM):
 
 class LlavaOnevisionImages(ProcessorImages):
     """A conversation's only image is seen whole and in tiles; several are seen whole, padded to squares."""
+
+    minds_company = True
 
     def __call__(self, image: Image.Image, alone: bool) -> Seen:
         """See `ImageReader`."""

@@ -44,9 +44,11 @@ class ImageReader(Protocol):
 
     image_id: int
     """The token that the rendered template has for an image, and that the model fills in with what it saw."""
+    minds_company: bool
+    """Whether the only image of a conversation is read differently from one of several."""
 
     def __call__(self, image: Image.Image, alone: bool) -> Seen:
-        """Read one image; `alone`: it is the only one of its conversation, which some models look at more closely."""
+        """Read one image; `alone`: it is the only one of its conversation."""
         ...
 
 

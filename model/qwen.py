@@ -43,6 +43,8 @@ class Qwen3_VL(Qwen2_5_VL):
 class QwenImages:
     """An image -> patches, and as many tokens as there are squares of `merge_size` x `merge_size` patches."""
 
+    minds_company = False
+
     def __init__(self, tokenizer: Any, processor: Qwen2VLImageProcessorPil):
         self.processor = processor
         self.image_id: int = tokenizer.convert_tokens_to_ids("<|image_pad|>")

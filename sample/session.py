@@ -4,7 +4,7 @@ Answers and drawings read the same key/value cache. A drawing is conditioned on 
 is then empty and the picture joins the user's next turn, so that talking about it and editing it need nothing else.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from PIL import Image
 
@@ -14,8 +14,7 @@ from model.prefix import DRAW_SYSTEM, Turn
 from sample.pipeline import Asked, Pictures, Pipeline, Watch
 from sample.settings import Drawing
 
-THINKING_TOKENS = 256  # the longest plan
-REASON = "First plan the picture in a few words: each thing in it, its colour and place, and the background."
+THINK = "Plan the picture first: what is in it, and where."
 
 
 class Session:
@@ -43,7 +42,7 @@ class Session:
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         seed: int = 0,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Pieces of the answer; question and answer join the conversation once all of them were taken.
 
         Raises:
@@ -61,9 +60,11 @@ class Session:
         drawing: Drawing = Drawing(),
         watch: Watch | None = None,
         think: bool = False,
+        tell: Callable[[str], object] | None = None,
+        max_new_tokens: int = 256,
     ) -> Image.Image:
-        """A picture from the whole conversation and `text`; it joins the user's next turn. `think`: a plan is written first,
-        and drawn from too.
+        """A picture from the whole conversation and `text`; it joins the user's next turn. `think`: a plan of
+        up to `max_new_tokens` is written first, of which `tell` is given the pieces, and drawn from too.
 
         Raises:
             ValueError: nothing here draws, or something cannot be read, is too long or impossible.
@@ -72,18 +73,26 @@ class Session:
             raise ValueError("drawing needs a bridge; give a release instead of a bare MLLM")
         model = self.pipeline.model
         begun = self.turns or [Turn("system", DRAW_SYSTEM)]
-        asked = [*begun, Turn("user", text, (*self.drawn, *images))]
+        sources = (*self.drawn, *images)
+        asked = [*begun, Turn("user", text, sources)]
         if think:
-            plan = "".join(self.dialogue.reply(asked, THINKING_TOKENS))
-            asked = [*asked, Turn("assistant", plan), Turn("user", text)]
+            thought = [*begun, Turn("user", f"{text}\n{THINK}", sources)]
+            plan = self._plan(thought, max_new_tokens, tell or (lambda piece: None))
+            asked = [*thought, Turn("assistant", plan), Turn("user", text)]
         condition = model.condition(self.dialogue.read(asked, room=model.config.queries))
-        sources = tuple(image for turn in asked[len(begun) :] for image in turn.images)
         picture = self.pipeline([Asked(text, sources, condition)], [seed], drawing, watch)[0]
         self.turns = [*asked, Turn("assistant", "")]
         self.drawn = (picture,) if self.mllm.builder.images is not None else ()
         return picture
 
-    def _answer(self, asked: list[Turn], pieces: Iterator[str]) -> Iterator[str]:
+    def _plan(self, asked: list[Turn], max_new_tokens: int, tell: Callable[[str], object]) -> str:
+        plan: list[str] = []
+        for piece in self.dialogue.reply(asked, max_new_tokens):
+            plan.append(piece)
+            tell(piece)
+        return "".join(plan)
+
+    def _answer(self, asked: list[Turn], pieces: Iterator[str]) -> Generator[str, None, None]:
         said: list[str] = []
         for piece in pieces:
             said.append(piece)
