@@ -68,12 +68,9 @@ def test_a_drawn_picture_joins_the_conversation(folder, mllm, monkeypatch, capsy
     monkeypatch.setattr(sys, "stdin", io.StringIO("/draw a red circle\nwhat colour is it ?\n/quit\nnever asked\n"))
     assert run(chat.main, draw_arguments(folder, tmp_path / "out")) == 0
     drawn = tmp_path / "out" / "drawn-000.png"
-    with PngImageFile(drawn) as picture:
-        assert {key: picture.text[key] for key in ("prompt", "seed", "steps")} == {
-            "prompt": "a red circle",
-            "seed": "0",
-            "steps": "2",
-        }
+    about = PngImageFile(drawn).text
+    assert (about["prompt"], about["seed"], about["steps"]) == ("a red circle", "0", "2")
+    with Image.open(drawn) as picture:
         before = [Turn("system", DRAW_SYSTEM), Turn("user", "a red circle"), Turn("assistant", "")]
         answer = reply(mllm, *before, Turn("user", "what colour is it ?", (picture.convert("RGB"),)))
     assert capsys.readouterr().out == f"{drawn}\n{answer}\n"
@@ -115,8 +112,7 @@ def test_a_script_gets_json(folder, mllm, monkeypatch, capsys, tmp_path):
     assert run(chat.main, [*arguments, "--think"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["answer"]  # the plan
-    with PngImageFile(told["picture"]) as picture:
-        assert picture.text["plan"] == told["answer"]
+    assert PngImageFile(told["picture"]).text["plan"] == told["answer"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\n/draw a star\n"))
     assert run(chat.main, [*draw_arguments(folder, tmp_path), "--json"]) == 0
     assert len(list(map(json.loads, capsys.readouterr().out.splitlines()))) == 2
