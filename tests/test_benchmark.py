@@ -57,6 +57,19 @@ def test_the_prefix_keeps_no_activations(tmp_path):
     assert sum(parts) == pytest.approx(measures["speed.step"].value, rel=0.9)
 
 
+def test_talking_is_timed_by_turns_of_the_conversation(tmp_path):
+    arguments = ["--turns", "3", "--pictures", "1", "--repeats", "1", "--json", str(tmp_path / "talking.json")]
+    main(["talking", *arguments])
+    measures = read_json(tmp_path / "talking.json")
+    tokens = [measures[f"talking.turn_{number}.tokens"].value for number in (1, 2, 3)]
+    assert tokens == sorted(tokens)
+    for number in (1, 2, 3):
+        one = {part: measures[f"talking.turn_{number}.{part}"].value for part in ("kept", "again", "ratio")}
+        assert one["ratio"] == pytest.approx(one["again"] / one["kept"])
+    with pytest.raises(ValueError, match="no more pictures than turns"):
+        main(["talking", "--turns", "1", "--pictures", "2"])
+
+
 def test_flop_are_those_of_the_token_passes():
     """Of the language model, a backward pass counted as one more: 2 x 28 tokens against 24 + 2 x 4."""
     args = benchmark.Metaquery(prefix_tokens=24, batch_size=1, small=stand_in.Small(queries=4, width=64))

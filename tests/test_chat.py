@@ -1,4 +1,5 @@
 import io
+import json
 import subprocess
 import sys
 
@@ -7,9 +8,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from model.mllm import MLLMConfig, load
-from model.prefix import Turn
+from model.prefix import DRAW_SYSTEM, Turn
 from sample import chat
 from sample.cli import run
+from sample.pictures import open_picture
+from sample.pipeline import Asked, Pipeline
+from sample.session import Session
+from sample.settings import Drawing
 from tests import releases, tiny
 
 
@@ -55,19 +60,79 @@ def test_a_dialogue_remembers_its_turns(folder, mllm, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{answer}\n{followed}\n{alone}\n"
 
 
+def draw_arguments(folder, out) -> list[str]:
+    return ["--release", str(folder / "release"), "--out", str(out), "--max-new-tokens", "12", "--steps", "2"]
+
+
 def test_a_drawn_picture_joins_the_conversation(folder, mllm, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "stdin", io.StringIO("/draw a red circle\nwhat colour is it ?\n/quit\nnever asked\n"))
-    arguments = ["--release", folder / "release", "--out", tmp_path / "out", "--max-new-tokens", "12"]
-    assert run(chat.main, list(map(str, arguments))) == 0
+    assert run(chat.main, draw_arguments(folder, tmp_path / "out")) == 0
     drawn = tmp_path / "out" / "drawn-000.png"
-    with PngImageFile(drawn) as picture:
-        assert picture.text["prompt"] == "a red circle"
-        answer = reply(mllm, Turn("user", "what colour is it ?", (picture.convert("RGB"),)))
+    about = PngImageFile(drawn).text
+    assert (about["prompt"], about["seed"], about["steps"]) == ("a red circle", "0", "2")
+    with Image.open(drawn) as picture:
+        before = [Turn("system", DRAW_SYSTEM), Turn("user", "a red circle"), Turn("assistant", "")]
+        answer = reply(mllm, *before, Turn("user", "what colour is it ?", (picture.convert("RGB"),)))
     assert capsys.readouterr().out == f"{drawn}\n{answer}\n"
 
 
+def test_edits_draw_from_the_last_picture_wherever_it_is(folder, monkeypatch, capsys, tmp_path):
+    said = [
+        "/draw a red circle",
+        "/edit blue",  # the picture joins with this turn
+        "how many ?",  # the edited one with this
+        "/edit a star",  # so it joins again
+        "/reset",
+        f"/image {folder / 'x.png'} '{folder / 'x.png'}'",
+        "/edit a star",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(said)))
+    assert run(chat.main, draw_arguments(folder, tmp_path)) == 0
+    assert not capsys.readouterr().err
+    pictures = [open_picture(tmp_path / f"drawn-{number:03d}.png") for number in range(4)]
+    pipeline = Pipeline.from_release(folder / "release")
+    session, drawing = Session(pipeline), Drawing(steps=2)
+    expected = [session.draw("a red circle", drawing=drawing), session.draw("blue", seed=1, drawing=drawing)]
+    "".join(session.say("how many ?", max_new_tokens=12))
+    expected.append(session.draw("a star", [expected[1]], seed=2, drawing=drawing))
+    x = open_picture(folder / "x.png")
+    expected += pipeline([Asked("a star", (x, x))], [3], drawing)
+    assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in expected]
+
+
+def test_a_script_gets_json(folder, mllm, monkeypatch, capsys, tmp_path):
+    arguments = [*draw_arguments(folder, tmp_path), "--once", "--json"]
+    assert run(chat.main, [*arguments, "--seed", "5", "is there a star ?"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["answer"] == reply(mllm, Turn("user", "is there a star ?"))
+    assert (told["picture"], told["seed"]) == (None, 5)
+    assert told["tokens"] >= mllm.builder([[Turn("user", "is there a star ?")]]).ids.shape[1]
+    assert 0 < told["seconds_to_first_token"] <= told["seconds"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/draw a star\n"))
+    assert run(chat.main, [*arguments, "--think"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["answer"]  # the plan
+    assert PngImageFile(told["picture"]).text["plan"] == told["answer"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n/draw a star\n"))
+    assert run(chat.main, [*draw_arguments(folder, tmp_path), "--json"]) == 0
+    assert len(list(map(json.loads, capsys.readouterr().out.splitlines()))) == 2
+
+
+def test_a_saved_dialogue_is_resumed(folder, monkeypatch, capsys, tmp_path):
+    arguments, file = draw_arguments(folder, tmp_path), tmp_path / "saved" / "talk.json"
+    asked = ["how many ?", "/draw a star", "what colour is it ?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked)))
+    assert run(chat.main, arguments) == 0
+    expected = capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*asked[:2], f"/save {file}"])))
+    assert run(chat.main, arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(file)
+    assert run(chat.main, [*arguments, "--resume", str(file), asked[2]]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == expected
+
+
 def test_pictures_of_an_earlier_dialogue_stay(folder, monkeypatch, tmp_path):
-    arguments = ["--release", str(folder / "release"), "--out", str(tmp_path)]
+    arguments = draw_arguments(folder, tmp_path)
     for prompt in ("a star", "a red circle"):
         monkeypatch.setattr(sys, "stdin", io.StringIO(f"/draw {prompt}\n"))
         assert run(chat.main, arguments) == 0
@@ -76,16 +141,23 @@ def test_pictures_of_an_earlier_dialogue_stay(folder, monkeypatch, tmp_path):
 
 
 def test_stopping_an_answer_does_not_end_the_dialogue(folder, mllm, monkeypatch, capsys):
-    class Stopped(chat.Chat):
-        def say(self, question):
-            if question == "stop":
-                raise KeyboardInterrupt
-            super().say(question)
+    class Terminal(io.StringIO):
+        """Where Ctrl-C is pressed at the first piece of the first answer."""
 
-    monkeypatch.setattr(chat, "Chat", Stopped)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("stop\nis there a star ?\n"))
+        pressed = False
+
+        def write(self, text):
+            if text and not self.pressed:
+                Terminal.pressed = True
+                raise KeyboardInterrupt
+            return super().write(text)
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("how many ?\nis there a star ?\n"))
     assert run(chat.main, ["--model", str(folder / "mllm"), "--dtype", "float32", "--max-new-tokens", "12"]) == 0
-    assert reply(mllm, Turn("user", "is there a star ?")) in capsys.readouterr().out
+    assert shown.getvalue() == reply(mllm, Turn("user", "is there a star ?")) + "\n"
+    assert "(stopped; /quit leaves)" in capsys.readouterr().err
 
 
 def test_a_mistake_in_a_dialogue_does_not_end_it(folder, mllm, monkeypatch, capsys, tmp_path):
@@ -93,6 +165,12 @@ def test_a_mistake_in_a_dialogue_does_not_end_it(folder, mllm, monkeypatch, caps
         "/image absent.png",
         "/draw a star",
         "/nonsense",
+        "/image",
+        "/image 'x",
+        "/draw",
+        "/edit",
+        "/edit blue",
+        "/save",
         "star " * 300,
         f"/image '{folder / 'x.png'}'",
         "is there a star ?",
@@ -102,10 +180,16 @@ def test_a_mistake_in_a_dialogue_does_not_end_it(folder, mllm, monkeypatch, caps
     out, err = capsys.readouterr()
     with Image.open(folder / "x.png") as picture:
         assert out == reply(mllm, Turn("user", "is there a star ?", (picture.convert("RGB"),))) + "\n"
-    assert len(errors(err)) == 4
+    assert len(errors(err)) == 10
     for words in (
         "absent.png is not a file",
-        "start with --release",
+        "give a release instead of a bare MLLM",
+        "/image: there is no path",
+        "No closing quotation",
+        "/draw: there is no prompt",
+        "/edit: there is no instruction",
+        "/edit: there is no picture to change",
+        "/save: there is no file",
         "/nonsense is no command",
         "limit is 256",
     ):
@@ -123,8 +207,12 @@ def test_mistakes_on_the_command_line_exit_with_two(folder, tmp_path, capsys):
         "broken.jpg: an image cannot be decoded": [*mllm, "--image", tmp_path / "broken.jpg", "hello"],
         "limit is 256": [*mllm, "star " * 300],
         "--max-new-tokens 0": [*mllm, "--max-new-tokens", "0", "hello"],
+        "--seed -1": [*mllm, "--seed", "-1", "hello"],
+        "leave out --system": [*mllm, "--resume", "talk.json", "--system", "obey", "hello"],
+        "talk.json is not a file": [*mllm, "--resume", tmp_path / "talk.json", "hello"],
+        "/nonsense is no command": [*mllm, "/nonsense"],
         "--temperature nan": [*mllm, "--temperature", "nan", "hello"],
-        "/reset the conversation": [*mllm, "--max-new-tokens", "1000000", "hello"],
+        "reset the conversation": [*mllm, "--max-new-tokens", "1000000", "hello"],
     }
     for words, arguments in cases.items():
         assert run(chat.main, list(map(str, arguments))) == 2
