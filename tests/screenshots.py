@@ -50,7 +50,7 @@ def chat(page: Page) -> None:
     entry.press("Enter")
     page.wait_for_selector(".chat .bot img")
     page.wait_for_function("!document.querySelector('.chat').innerText.includes('Step')")
-    entry.fill("what is below the star?")
+    entry.fill("what colour is the square?")
     entry.press("Enter")
     page.wait_for_function("document.querySelectorAll('.chat .bot').length == 2")
     shoot(page, "chat")
