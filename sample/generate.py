@@ -13,7 +13,7 @@ stopped. In batches of other sizes matrix products round otherwise, which may sh
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,12 +24,14 @@ from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
 from sample.cli import run
 from sample.drawn import is_there, ranks, save, share
-from sample.jobs import Job, Line, chunks, jobs_of, read_lines
+from sample.jobs import Job, Line, jobs_of, read_lines
 from sample.layouts import LAYOUTS, LayoutName
 from sample.settings import Drawing
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from sample.pipeline import Pipeline
 
 OPEN = 64  # source pictures kept in memory
 
@@ -100,14 +102,11 @@ def plan(args: Args) -> tuple[list[Job], list[tuple[Path, str]]]:
 
 
 def draw(args: Args, jobs: Sequence[Job]) -> None:
-    """Draws and writes pictures in batches; everything is checked before the first file is written."""
+    """Draws what is not there yet; everything is checked before the first file is written."""
     # heavy imports wait until the arguments are right, so that --help stays instant
-    from rich.progress import track
-
     from model.files import sha256_of
-    from sample.grid import tiles
     from sample.pictures import open_picture
-    from sample.pipeline import Asked, Pipeline
+    from sample.pipeline import Pipeline
 
     opened = lru_cache(OPEN)(open_picture)
     sources = dict.fromkeys(path for job in jobs for path in job.line.images)
@@ -121,15 +120,8 @@ def draw(args: Args, jobs: Sequence[Job]) -> None:
         pipeline.model.shape_of(height or pipeline.model.image_size, width or pipeline.model.image_size)
     about = {job.name: _about(job, drawings[job.name], pipeline.fingerprint, digests) for job in jobs}
     left = [job for job in jobs if not is_there(args.out / job.name, about[job.name])]
-    parts: dict[str, list[Image.Image]] = defaultdict(list)
-    work = list(batches(left, drawings, args.batch_size))
-    for batch in track(work, "drawing", transient=True, disable=not sys.stderr.isatty()):
-        asked = [Asked(job.line.prompt, tuple(map(opened, job.line.images))) for job, _ in batch]
-        pictures = pipeline(asked, [seed for _, seed in batch], drawings[batch[0][0].name])
-        for (job, _), picture in zip(batch, pictures, strict=True):
-            parts[job.name].append(picture)
-            if len(parts[job.name]) == len(job.seeds):
-                save(args.out / job.name, tiles(parts.pop(job.name)), about[job.name])
+    for job, picture in drawn(pipeline, left, drawings, args.batch_size, opened):
+        save(args.out / job.name, picture, about[job.name])
     if args.grid:
         _grid(args, jobs, {"release": pipeline.fingerprint, **settings(args.drawing), "software": "querybridge"})
     there = f", {len(jobs) - len(left)} of them there before" if len(left) < len(jobs) else ""
@@ -137,13 +129,37 @@ def draw(args: Args, jobs: Sequence[Job]) -> None:
         print(f"{len(jobs)} pictures in {args.out}{there}")
 
 
-def batches(jobs: Sequence[Job], drawings: dict[str, Drawing], size: int) -> Iterator[list[tuple[Job, int]]]:
+def drawn(
+    pipeline: "Pipeline",
+    jobs: Sequence[Job],
+    drawings: Mapping[str, Drawing],
+    batch_size: int,
+    opened: Callable[[Path], "Image.Image"],
+) -> Iterator[tuple[Job, "Image.Image"]]:
+    """Each job with its picture once that is whole, in the order of the batches."""
+    from rich.progress import track
+
+    from sample.grid import tiles
+    from sample.pipeline import Asked
+
+    parts: dict[str, list[Image.Image]] = defaultdict(list)
+    work = list(batches(jobs, drawings, batch_size))
+    for batch in track(work, "drawing", transient=True, disable=not sys.stderr.isatty()):
+        asked = [Asked(job.line.prompt, tuple(map(opened, job.line.images))) for job, _ in batch]
+        pictures = pipeline(asked, [seed for _, seed in batch], drawings[batch[0][0].name])
+        for (job, _), picture in zip(batch, pictures, strict=True):
+            parts[job.name].append(picture)
+            if len(parts[job.name]) == len(job.seeds):
+                yield job, tiles(parts.pop(job.name))
+
+
+def batches(jobs: Sequence[Job], drawings: Mapping[str, Drawing], size: int) -> Iterator[list[tuple[Job, int]]]:
     """Jobs and one of their seeds each, in batches of one drawing: of one shape, and all from pictures or none."""
     alike: dict[tuple[Drawing, bool], list[tuple[Job, int]]] = defaultdict(list)
     for job in jobs:
         alike[drawings[job.name], bool(job.line.images)] += [(job, seed) for seed in job.seeds]
     for pieces in alike.values():
-        yield from chunks(pieces, size)
+        yield from (pieces[start : start + size] for start in range(0, len(pieces), size))
 
 
 def drawing_of(drawing: Drawing, line: Line) -> Drawing:

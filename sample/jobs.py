@@ -5,9 +5,8 @@ that seed plus its place in the line.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 MAX_SEED = 2**63 - 1
@@ -38,7 +37,7 @@ class Job:
 
     name: str
     seeds: tuple[int, ...]
-    line: Line = field(default_factory=Line)
+    line: Line
 
 
 def jobs_of(lines: Sequence[Line], n: int, seed: int) -> list[Job]:
@@ -83,16 +82,7 @@ def read_text(path: Path) -> str:
         raise ValueError(f"prompts file {path} is not UTF-8 text; save it as such, one prompt per line") from error
 
 
-def chunks(pieces: Sequence[tuple[Job, int]], size: int) -> Iterator[list[tuple[Job, int]]]:
-    """At most `size` pieces at once, in order."""
-    rest = iter(pieces)
-    while batch := list(islice(rest, size)):
-        yield batch
-
-
 def _parse(path: Path, number: int, text: str) -> Line:
-    from dataclasses import replace
-
     from model.files import parse_config
 
     where = Path(f"{path}, line {number}")
