@@ -3,7 +3,7 @@
     python -m sample.generate --release RELEASE "a red circle" "a star" --n 4
     python -m sample.generate --release RELEASE "make it winter" --image photo.png         # --image twice or more: subjects
     python -m sample.generate --release RELEASE --image photo.png                          # without words: drawn anew
-    python -m sample.generate --release RELEASE --prompts list.jsonl --shard 3/8           # each line as sample/jobs.py says
+    python -m sample.generate --release RELEASE --prompts list.jsonl --shard 3/8           # each line as sample/prompts.py says
     torchrun --nproc_per_node 8 -m sample.generate --release RELEASE --layout geneval --prompts evaluation_metadata.jsonl
 
 Picture i has seed `seed + i` and the name `0000i.png`, or that of its benchmark (sample/layouts.py); its prompt, seed,
@@ -24,8 +24,8 @@ from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
 from sample.cli import run
 from sample.drawn import is_there, ranks, save, share
-from sample.jobs import Job, Line, jobs_of, read_lines
 from sample.layouts import LAYOUTS, LayoutName
+from sample.prompts import Job, Line, jobs_of, read_lines
 from sample.settings import Drawing
 
 if TYPE_CHECKING:

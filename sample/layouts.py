@@ -29,7 +29,7 @@ from tyro.conf import Positional, arg
 
 from sample.cli import run
 from sample.drawn import read_about
-from sample.jobs import MAX_SEED, Job, Line, read_text
+from sample.prompts import MAX_SEED, Job, Line, read_text
 
 SHOWN = 5  # names in a list of problems
 
