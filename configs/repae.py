@@ -30,6 +30,9 @@ from train.repae import RepaeTaskConfig, VAELosses
 SEES = "assets/world/mllm"
 """The MLLM's own vision tower: the embedded default aligns with it, and needs no other network."""
 
+F16D32 = "REPA-E/e2e-invae-hf"
+"""A released VAE of 32 channels, 16 pixels a side to a latent."""
+
 OPTIM = OptimConfig(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, warmup_steps=50, floor=0.05)
 
 
@@ -212,6 +215,18 @@ def xl_f8d4() -> Run:
     )
 
 
+def xl_f16d32() -> Run:
+    """The same with a VAE of 32 channels, 16 pixels a side to a latent, and SiT-XL/1.
+
+    torchrun --nproc_per_node 8 -m train.run repae.xl_f16d32 --data.sources.0.urls 'shards/imagenet/*.tar'
+
+    It starts from the release's own VAE of this shape; `repae.xl_f16d32_ldm` is its second stage. Never run here.
+    """
+    run = xl_f8d4()
+    task = replace(_task(run), vae=VAEConfig(F16D32), sit=_sit("xl", latent_channels=32, latent_size=16, patch=1))
+    return replace(run, name="repae-xl-f16d32", task=task)
+
+
 def l_f8d4() -> Run:
     """The same with SiT-L/2.
 
@@ -256,7 +271,7 @@ def xl_f16d32_ldm() -> Run:
     run = xl_f8d4_repa()
     task = replace(
         _task(run),
-        vae=VAEConfig("REPA-E/e2e-invae-hf"),
+        vae=VAEConfig(F16D32),
         sit=_sit("xl", latent_channels=32, latent_size=16, patch=1),
     )
     return replace(run, name="repae-xl-f16d32-ldm", task=task, schedule=replace(run.schedule, steps=4_000_000))

@@ -17,6 +17,7 @@ from data.buckets import Buckets
 from data.dropout import Dropout, drop
 from data.records import BadSample, Conversation, Edit, Labelled, TextToImage
 from data.transforms import resize_and_crop, to_tensor
+from data.world.dense import points_of
 from model.prefix import Prefix, PrefixBuilder
 
 Device = torch.device | str
@@ -60,6 +61,9 @@ class LabelledBatch:
     labels: torch.Tensor | tuple[dict[str, Any], ...]  # [B] long for class numbers; scenes stay JSON objects
     pixels: torch.Tensor  # [B, 3, H, W] in [-1, 1]
     latents: torch.Tensor | None = None  # [B, c, h, w] float16, of unit variance, where they are known
+    points: tuple[torch.Tensor, torch.Tensor] | None = (
+        None  # colours and shapes [B, T, K] of scenes, where they are asked for
+    )
 
     @property
     def scenes(self) -> tuple[dict[str, Any], ...]:
@@ -72,7 +76,9 @@ class LabelledBatch:
         """The same batch on another device."""
         labels = self.labels.to(device) if isinstance(self.labels, torch.Tensor) else self.labels
         latents = self.latents if self.latents is None else self.latents.to(device)
-        return replace(self, index=self.index.to(device), labels=labels, pixels=self.pixels.to(device), latents=latents)
+        points = self.points and (self.points[0].to(device), self.points[1].to(device))
+        moved = {"index": self.index.to(device), "pixels": self.pixels.to(device)}
+        return replace(self, **moved, labels=labels, latents=latents, points=points)
 
 
 @dataclass(frozen=True)
@@ -127,12 +133,14 @@ class ChatCollate:
 
 @dataclass(frozen=True)
 class LabelledCollate:
-    """Labelled records -> LabelledBatch; with `flip`, half of the pictures mirrored, by sample number."""
+    """Labelled records -> LabelledBatch; with `flip`, half of the pictures mirrored, by sample number. `points` (cells
+    along a side, points along a side of a cell) asks what lies where in scenes."""
 
     image_size: int  # pixels a side
     flip: bool = False
     seed: int = 0
     buckets: Buckets | None = None  # shapes of batches; None: squares
+    points: tuple[int, int] | None = None
 
     def __call__(self, records: Sequence[Labelled], indices: Sequence[int]) -> LabelledBatch:
         numbers = [record.label for record in records if isinstance(record.label, int)]
@@ -144,7 +152,8 @@ class LabelledCollate:
         if self.flip:
             mirrored = torch.tensor([uniform(self.seed, "flip", index) < 0.5 for index in indices])
             pixels[mirrored] = pixels[mirrored].flip(-1)
-        return LabelledBatch(torch.tensor(indices), labels, pixels, _latents(records))
+        points = None if self.points is None else points_of(scenes, *self.points)
+        return LabelledBatch(torch.tensor(indices), labels, pixels, _latents(records), points)
 
 
 def shorten(text: str, builder: PrefixBuilder) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from model.assets import fingerprint, tensors_of
-from model.prefilled import Prefilled, by_length, joined
+from model.prefilled import PASS_TOKENS, PASS_WORK, Prefilled, by_length, joined
 from model.prefix import Prefix, PrefixBuilder
 
 
@@ -71,12 +71,18 @@ class FrozenMLLM:
         self._heads.clear()
         return self
 
+    @property
+    def _pass_tokens(self) -> int:
+        if self.device.type == "cpu":
+            return PASS_TOKENS
+        return max(PASS_TOKENS, int(PASS_WORK / sum(parameter.numel() for parameter in self.model.parameters())))
+
     @torch.no_grad()
     def prefill(self, prefix: Prefix) -> Prefilled:
         """Read the prefix without a graph: rows of like length together, what all of them begin with once per process."""
         self.prefills += 1
         prefix = prefix.to(self.device)
-        groups = [[]] if prefix.lengths is None else by_length(prefix.lengths)
+        groups = [[]] if prefix.lengths is None else by_length(prefix.lengths, self._pass_tokens)
         if len(groups) == 1:
             return self._prefill(prefix)
         return joined([self._prefill(prefix.select(rows).trimmed()) for rows in groups], groups)

@@ -5,6 +5,7 @@ download: a distance of its own, to be named as such. Letters: B batch, H W pixe
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +30,12 @@ class FeaturesConfig:
 
 @dataclass(frozen=True)
 class LPIPSConfig:
-    """LPIPS 0.1, in float32."""
+    """LPIPS 0.1."""
 
     path: str = "lpips"
     """A folder with torchvision's `vgg16-397923af.pth` and the `vgg.pth` of LPIPS 0.1."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of its convolutions; float32 as published."""
 
 
 PerceptualConfig = FeaturesConfig | LPIPSConfig
@@ -74,8 +77,9 @@ class LPIPS(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.dtype = dtype  # of the convolutions
         layers: list[nn.Module] = []
         before = 3
         for width in _VGG:
@@ -108,10 +112,11 @@ class LPIPS(nn.Module):
 
     def _taps(self, pixels: Tensor) -> list[Tensor]:
         x, taps = (pixels.float() - self.shift) / self.scale, []
-        for number, layer in enumerate(self.features):
-            x = layer(x)
-            if number in _TAPS:
-                taps.append(x)
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            for number, layer in enumerate(self.features):
+                x = layer(x)
+                if number in _TAPS:
+                    taps.append(x)
         return taps
 
 
@@ -132,7 +137,7 @@ def load_perceptual(config: PerceptualConfig, loaded: Sequence[Target] = ()) -> 
             "put both into one folder, or take the features of an encoder"
         )
     trunk, linear = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
-    distance = LPIPS()
+    distance = LPIPS(getattr(torch, config.dtype))
     distance.features.load_state_dict(
         {k.removeprefix("features."): v for k, v in trunk.items() if k.startswith("features.")}
     )

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PASS_TOKENS = 256
-"""What one more pass through the model costs, in tokens that could be read instead."""
+"""What one more pass through the model costs on a CPU, in tokens that could be read instead."""
+PASS_WORK = 5e12
+"""What it costs on a GPU, which is waiting for work to be named to it: in parameters times tokens."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,16 @@ class Prefilled:
         return F.pad(states, (0, 0, missing, 0))[:, -count:]
 
 
-def by_length(lengths: Sequence[int]) -> list[list[int]]:
+def by_length(lengths: Sequence[int], pass_tokens: int = PASS_TOKENS) -> list[list[int]]:
     """Row numbers in groups to be padded and read together: the cut of the rows in order of length that reads the fewest
-    tokens, a pass counted as `PASS_TOKENS`."""
+    tokens, a pass counted as `pass_tokens`."""
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    if len(lengths) * max(lengths) - sum(lengths) <= pass_tokens:
+        return [order]
     cost, cut = [0], [0]  # of the first n rows in order: the least cost, and where its last group begins
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
-        costs = [cost[start] + (end - start) * longest + PASS_TOKENS for start in range(end)]
+        costs = [cost[start] + (end - start) * longest + pass_tokens for start in range(end)]
         cost.append(min(costs))
         cut.append(costs.index(cost[-1]))
     ends = [len(order)]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -16,7 +17,7 @@ from transformers import (
 
 from model.frozen import FrozenMLLM, MLLMConfig
 from model.hub import chat_template, from_pretrained, image_processor
-from model.prefix import PrefixBuilder, Seen
+from model.prefix import Prefix, PrefixBuilder, Seen
 
 
 class Qwen2_5_VL(FrozenMLLM):
@@ -32,6 +33,15 @@ class Qwen2_5_VL(FrozenMLLM):
         tokenizer = from_pretrained(AutoTokenizer, config)
         positions = QwenPositions(cls.base_class, from_pretrained(AutoConfig, config))
         return PrefixBuilder(tokenizer, QwenImages(tokenizer, _processor(config)), positions, chat_template(config))
+
+    def arguments(self, prefix: Prefix) -> dict[str, Tensor]:
+        """Neighbouring images of one size as frames of one: no layer of the vision tower looks from frame to frame, and a
+        frame costs it no Python as an image does."""
+        given = prefix.arguments()
+        if "image_grid_thw" in given:
+            grids, counts = given["image_grid_thw"].unique_consecutive(dim=0, return_counts=True)
+            given["image_grid_thw"] = torch.cat([grids[:, :1] * counts[:, None], grids[:, 1:]], dim=1)
+        return given
 
 
 class Qwen3_VL(Qwen2_5_VL):

@@ -35,7 +35,7 @@ def merge_upsampling(autoencoder: Any) -> int:
     parameters stay as they are."""
     count = 0
     for module in autoencoder.modules():
-        if isinstance(module, Upsample2D) and module.interpolate and type(module.conv) is nn.Conv2d:
+        if isinstance(module, Upsample2D) and module.interpolate and isinstance(module.conv, nn.Conv2d):
             if module.conv.kernel_size != (3, 3) or module.conv.padding != (1, 1):
                 continue
             module.interpolate = False

@@ -1,10 +1,11 @@
 """A release -> measures: how well it draws and how well its MLLM understands.
 
 `world` asks for held-out scenes of the generated world and judges the pictures by the pixel reader (what is asked:
-`sample/world_suite.py`), then asks the MLLM about held-out pictures (`sample/world_answers.py`). `decoder` judges a SiT and
-its VAE before there is any language model (`sample/decoder_scores.py`), `vae` a VAE alone (`sample/vae_scores.py`), `images`
-a folder of pictures (`sample/image_scores.py`, `sample/clip_score.py`). `parity` proves that the MLLM is its base still
-(`sample/parity.py`). Their JSON says by what each was measured (`sample/protocol.py`).
+`sample/world_suite.py`), then asks the MLLM about held-out pictures (`sample/world_answers.py`). `edits` asks for changes of
+held-out pictures, one by one and in conversations (`sample/world_edits.py`). `decoder` judges a SiT and its VAE before there
+is any language model (`sample/decoder_scores.py`), `vae` a VAE alone (`sample/vae_scores.py`), `images` a folder of pictures
+(`sample/image_scores.py`, `sample/clip_score.py`). `parity` proves that the MLLM is its base still (`sample/parity.py`). The
+JSON of each says by what it was measured (`sample/protocol.py`).
 """
 
 import sys
@@ -19,7 +20,7 @@ from tyro.conf import OmitArgPrefixes
 
 from sample.cli import run
 from sample.parity import Parity
-from sample.settings import Drawing
+from sample.settings import Drawing, Guidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,27 @@ class World:
     html: Path | None = None
     """Where to write all of it as one page, pictures included."""
     drawing: Annotated[Drawing, OmitArgPrefixes] = Drawing()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edits:
+    """Score how a release edits held-out pictures, draws them once more, draws their subjects, and obeys in three turns."""
+
+    release: Path
+    """The release folder to score."""
+    split: tuple[Literal["val", "pairs"], ...] = ("val",)
+    """val: seen pairs of colour and shape; pairs: scenes with held-out pairs."""
+    n: int = 100
+    """Edits, and as many reconstructions, subjects and conversations."""
+    seed: int = 0
+    """Decides pictures, words and noise."""
+    batch_size: int = 32
+    """Pictures drawn at once."""
+    json: Path | None = None
+    """Where to write the measures."""
+    grid: Path | None = None
+    """Where to write a PNG of the first of each kind, with verdicts."""
+    drawing: Annotated[Drawing, OmitArgPrefixes] = Drawing(guidance=Guidance(image=3.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,21 +139,18 @@ class Images:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the evaluation that the command line names."""
-    commands = {"world": World, "decoder": Decoder, "vae": VAE, "images": Images, "parity": Parity}
+    commands = {"world": World, "edits": Edits, "decoder": Decoder, "vae": VAE, "images": Images, "parity": Parity}
     args = tyro.extras.subcommand_cli_from_dict(commands, args=argv)
-    if isinstance(args, World):
-        world(args)
-    elif isinstance(args, Decoder):
-        decoder(args)
-    elif isinstance(args, VAE):
-        vae(args)
-    elif isinstance(args, Parity):
-        from sample.parity import parity
+    work = {World: world, Edits: edits, Decoder: decoder, VAE: vae, Images: images, Parity: parity}
+    work[type(args)](args)
 
-        if not parity(args, _watch("asking")):
-            sys.exit(1)
-    else:
-        images(args)
+
+def parity(args: Parity) -> None:
+    """Asks the release and its base, prints what is the same; exits with 1 where anything differs."""
+    from sample.parity import prove
+
+    if not prove(args, _watch("asking")):
+        sys.exit(1)
 
 
 def images(args: Images) -> None:
@@ -291,6 +310,39 @@ def world(args: World) -> None:
 
         text = page(f"What {args.release} draws and understands", measures, told, world_figures(judged))
         write_whole(args.html, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def edits(args: Edits) -> None:
+    """Draws, judges, prints the measures, and writes them where told.
+
+    Raises:
+        ValueError: a number is out of range, or the release cannot be loaded or draws too small to be read.
+    """
+    if args.n < 1 or args.batch_size < 1:
+        raise ValueError("give --n and --batch-size of at least 1")
+    from model.files import write_whole
+    from sample.measures import Measure, show, write_json
+    from sample.pipeline import Pipeline
+    from sample.protocol import parts_of, protocol
+    from sample.world_edits import Dialogue, Judged, conversing, drawer, editing, grid
+
+    pipeline = Pipeline.from_release(args.release)
+    draw = drawer(pipeline, args.drawing)
+    measures: dict[str, Measure] = {}
+    judged: list[Judged] = []
+    held: list[Dialogue] = []
+    for split in args.split:
+        scores, verdicts = editing(draw, split, args.n, args.seed, args.batch_size, _watch(f"editing {split}"))
+        talked, dialogues = conversing(draw, split, args.n, args.seed, args.batch_size, _watch(f"conversing {split}"))
+        measures |= scores | talked
+        judged += verdicts
+        held += dialogues
+    show(f"{args.release}", measures)
+    if args.grid is not None:
+        picture = grid(judged, held)
+        write_whole(args.grid, lambda temporary: picture.save(temporary, format="PNG"))
+    if args.json is not None:
+        write_json(args.json, measures, protocol(args, parts_of(pipeline.model)))
 
 
 def _watch(what: str):

@@ -1,9 +1,9 @@
 """Prompts -> PNG files, one seed for each picture, the same pictures in any batches and on any number of processes.
 
     python -m sample.generate --release RELEASE "a red circle" "a star" --n 4
-    python -m sample.generate --release RELEASE "make it winter" --image photo.png         # --image twice or more: subjects
-    python -m sample.generate --release RELEASE --image photo.png                          # without words: drawn anew
-    python -m sample.generate --release RELEASE --prompts list.jsonl --shard 3/8           # each line as sample/prompts.py says
+    python -m sample.generate --release RELEASE "make it winter" --image photo.png       # --image twice or more: subjects
+    python -m sample.generate --release RELEASE --image photo.png                        # without words: drawn anew
+    python -m sample.generate --release RELEASE --prompts list.jsonl --shard 3/8         # lines as in sample/prompts.py
     torchrun --nproc_per_node 8 -m sample.generate --release RELEASE --layout geneval --prompts evaluation_metadata.jsonl
 
 Picture i has seed `seed + i` and the name `0000i.png`, or that of its benchmark (sample/layouts.py); its prompt, seed,

@@ -32,7 +32,7 @@ class Parity:
     """Where to write the measures."""
 
 
-def parity(args: Parity, watch: Callable[[Iterable], Iterable]) -> bool:
+def prove(args: Parity, watch: Callable[[Iterable], Iterable]) -> bool:
     """Asks both, prints the measures, and writes them where told; whether nothing differs.
 
     Raises:

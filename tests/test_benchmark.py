@@ -1,17 +1,26 @@
 """The benchmark counts what it says it counts."""
 
 import os
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
+from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
+from transformers import Dinov2Config
 
 from data.batch import LabelledCollate
 from data.loader import Data, Loader
 from data.shards import Shards
+from model.alignment import ProjectorConfig
+from model.discriminator import DiscriminatorConfig
+from model.files import dump_config, write_json
+from model.targets import TargetConfig
+from model.vae import VAEConfig
 from sample.measures import read_json
-from train import benchmark, benchmark_loader, plan, run, stand_in
+from train import benchmark, benchmark_drawing, benchmark_loader, plan, run, stand_in
 from train.benchmark import main
+from train.benchmark_drawing import Drawn
 from train.benchmark_loader import Loading
 from train.cost import flop, kept_bytes
 
@@ -78,6 +87,42 @@ def test_a_joint_step_is_timed_by_part_and_against_the_official_way(tmp_path):
         main(["repae", "--config", "repae.world_repa"])
 
 
+def small_f8d4(folder):
+    """The published joint run over small shapes, of which only the config files are there, as a run.json."""
+    vae, encoder = folder / "vae", folder / "encoder"
+    AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    ).save_config(vae)  # fmt: skip
+    Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=2).save_pretrained(encoder)
+    write_json(encoder / "preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    published = run.named("repae.xl_f8d4")()
+    sit = replace(published.task.sit, latent_size=8, width=32, depth=4, heads=2, condition_width=32, align_depth=2)
+    task = replace(
+        published.task,
+        vae=VAEConfig(str(vae)),
+        sit=sit,
+        targets=(TargetConfig(str(encoder)),),
+        discriminator=DiscriminatorConfig(width=8, layers=1),
+        projector=ProjectorConfig(width=16),
+    )
+    small = replace(published, task=task, data=replace(published.data, image_size=16))
+    write_json(folder / "run.json", dump_config(small))
+    return folder / "run.json"
+
+
+def test_a_published_joint_step_is_timed_lever_by_lever_without_its_weights(tmp_path):
+    given = ["--config", str(small_f8d4(tmp_path)), "--random-weights", "--batch-size", "4", "--repeats", "1"]
+    main(["repae", *given, "--levers", "--peak-tflops", "1", "--json", str(tmp_path / "repae.json")])
+    measures = {name.removeprefix("speed."): value.value for name, value in read_json(tmp_path / "repae.json").items()}
+    for lever in ("plain", "cudnn_benchmark", "merged_upsampling", "lpips_bf16"):
+        assert measures[f"lever.{lever}_ratio"] == pytest.approx(measures["official_step"] / measures[f"lever.{lever}"])
+    assert measures["utilisation"] == pytest.approx(measures["flop"] / measures["step"] / 1e12)
+    assert measures["images"] == pytest.approx(4 / measures["step"])
+    with pytest.raises(ValueError, match="torch finds none"):
+        main(["repae", *given, "--batch-size", "0"])
+
+
 def test_prompts_are_read_faster_together(tmp_path):
     main(["reading", "--batch-size", "6", "--pictures", "2", "--repeats", "1", "--json", str(tmp_path / "reading.json")])
     measures = read_json(tmp_path / "reading.json")
@@ -85,6 +130,26 @@ def test_prompts_are_read_faster_together(tmp_path):
     assert measures["reading.head_tokens"].value > 8
     with pytest.raises(ValueError, match="no more pictures than prompts"):
         main(["reading", "--batch-size", "2", "--pictures", "3"])
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_both_ways_draw_the_same_pictures(small):
+    args = Drawn(small=small, prefix_tokens=24, steps=2)
+    model = benchmark_drawing.build(args)
+    ours, plain = (draw(model, args, 2) for draw in (benchmark_drawing.ours, benchmark_drawing.plain))
+    assert ours.shape == (2, 3, model.image_size, model.image_size)
+    assert ours.std() > 0.01
+    assert (ours - plain).abs().mean() < (1e-5 if small else 0.01)  # the release's MLLM has 8 bits of mantissa
+
+
+def test_drawing_is_timed_by_part(tmp_path):
+    given = ["--small", "--prefix-tokens", "24", "--pictures", "2", "--steps", "1", "--repeats", "1"]
+    main(["drawing", *given, "--json", str(tmp_path / "d.json")])
+    measures = {name.removeprefix("drawing."): value.value for name, value in read_json(tmp_path / "d.json").items()}
+    assert measures["ratio"] == pytest.approx(measures["ours.rate"] / measures["plain.rate"])
+    assert measures["2.steps"] < measures["2.total"] * 2
+    with pytest.raises(ValueError, match="one branch"):
+        main(["drawing", "--guidance", "1"])
 
 
 def test_the_order_costs_no_more_for_more_samples(tmp_path):

@@ -8,9 +8,10 @@ import torch
 
 from data.world.captions import Caption, Group, describe
 from data.world.dense import COLOUR_NAMES, SHAPE_NAMES, colour_and_shape
-from data.world.labels import ANYWHERE, LINKED, OBJECTS, WORDS, Withhold, encode, encode_caption, labels_config, nothing
+from data.world.labels import OBJECTS, WORDS, Withhold, encode, encode_caption, labels_config, nothing
 from data.world.render import render
 from data.world.scene import BACKGROUNDS, COLOURS, make_scene, random_for
+from data.world.wanted import ANYWHERE, LINKED
 from model.files import write_tensors
 from model.labels import LABELS_FILE, UNKNOWN, Labels, LabelsConfig, load_labels
 

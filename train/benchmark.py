@@ -3,6 +3,7 @@
     python -m train.benchmark metaquery --prefix-tokens 256 --json speed.json
     python -m train.benchmark reading
     python -m train.benchmark repae
+    python -m train.benchmark drawing
     python -m train.benchmark order
     python -m train.benchmark loader
     python -m train.benchmark saves
@@ -41,6 +42,7 @@ from model.metaquery import MetaQuery, blueprint
 from sample.cli import run
 from sample.measures import Measure, show, spread
 from train import stand_in
+from train.benchmark_drawing import Drawn, drawn
 from train.benchmark_loader import Loading, loading
 from train.benchmark_order import Ordering, ordering
 from train.benchmark_reading import Reading, reading
@@ -49,7 +51,7 @@ from train.benchmark_saves import Saves, saves
 from train.compiled import compile_blocks
 from train.cost import flop, kept_bytes
 from train.loss import squared_error
-from train.machine import record
+from train.machine import matrix_rate, record
 from train.optim import OptimConfig, adamw
 from train.parts import blank_prefix, steps
 from train.plan import metaquery_of, shaped, unchecked
@@ -87,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         "metaquery": Metaquery,
         "reading": Reading,
         "repae": Repae,
+        "drawing": Drawn,
         "order": Ordering,
         "loader": Loading,
         "saves": Saves,
@@ -96,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         metaquery(args)
     elif isinstance(args, Reading):
         reading(args)
+    elif isinstance(args, Drawn):
+        drawn(args)
     elif isinstance(args, Ordering):
         ordering(args)
     elif isinstance(args, Loading):
@@ -134,7 +139,7 @@ def metaquery(args: Metaquery) -> None:
                 seconds[plain].append(elapsed)
                 peaks[plain] = max(peaks[plain], peak)
     fastest = statistics.median(seconds[False])
-    rate = args.peak_tflops * 1e12 if args.peak_tflops else bench.matrix_rate()
+    rate = args.peak_tflops * 1e12 if args.peak_tflops else matrix_rate(bench.device, bench.dtype)
     measures = {
         "speed.step": spread(seconds[False], "s"),
         "speed.images": Measure(args.batch_size / fastest, n=args.repeats, unit="1/s"),
@@ -220,6 +225,11 @@ class Bench:
             prediction = self.model.decoder(x0, self.t, self.model.connector(self.states(plain)))
         return squared_error(prediction, x0).mean()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        return torch.bfloat16 if self.args.precision == "autocast" else torch.float32
+
     def autocast(self) -> Any:
         """The precision that was asked for."""
         if self.args.precision == "fp32" or self.device.type == "meta":
@@ -253,14 +263,6 @@ class Bench:
         self.loss(plain=False).backward()
         seconds = [self._timed(lambda: None, self.optimizers[:2], keep=True) for _ in range(self.args.repeats)]
         return measured | {"optimizer": spread(seconds, "s")}
-
-    def matrix_rate(self) -> float:
-        """FLOP per second of the best of five products of large square matrices, in the precision of the steps."""
-        size, dtype = (8192 if self.device.type == "cuda" else 2048), torch.float32
-        if self.args.precision == "autocast":
-            dtype = torch.bfloat16
-        a = torch.randn(size, size, device=self.device, dtype=dtype)
-        return 2 * size**3 / min(self._timed(lambda: a @ a, []) for _ in range(5))
 
     def _timed(self, work: Callable[[], Any], optimizers: Sequence[torch.optim.Optimizer], keep: bool = False) -> float:
         self._wait()

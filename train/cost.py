@@ -18,11 +18,20 @@ from torch.utils.flop_counter import FlopCounterMode
 def flop(step: Callable[[], Tensor]) -> int:
     """Operations of all matrix products and convolutions, forward and (where the result asks for one) backward, a
     multiplication and an addition counted as two."""
-    own = {torch.ops.aten.convolution_backward: _convolution_backward}
-    with FlopCounterMode(display=False, custom_mapping=own) as counter, sdpa_kernel(SDPBackend.MATH):  # counted everywhere
+
+    def both_ways() -> None:
         made = step()
         if made.requires_grad:
             made.sum().backward()
+
+    return flop_within(both_ways)
+
+
+def flop_within(work: Callable[[], object]) -> int:
+    """Operations of all matrix products and convolutions that `work` runs, in its own backward passes too."""
+    own = {torch.ops.aten.convolution_backward: _convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=own) as counter, sdpa_kernel(SDPBackend.MATH):  # counted everywhere
+        work()
     return counter.get_total_flops()
 
 

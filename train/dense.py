@@ -11,13 +11,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.world.dense import COLOUR_NAMES, SHAPE_NAMES, colour_and_shape
-from data.world.scene import Scene
+from data.world.dense import COLOUR_NAMES, SHAPE_NAMES, points_of
 from model.assets import locate
 from model.files import read_tensors
 
@@ -53,18 +50,6 @@ def load_head(folder: str) -> DenseHead:
     head = DenseHead(width, math.isqrt(places // sum(CLASSES)))
     head.load_state_dict(tensors)
     return head.requires_grad_(False)
-
-
-def points_of(labels: Sequence[dict[str, Any]], side: int, points: int) -> tuple[Tensor, Tensor]:
-    """Scenes in JSON -> colours and shapes, [B, T, K] each, at points x points places in each of side x side cells."""
-    told = [colour_and_shape(Scene.from_json(label), side * points) for label in labels]
-
-    def by_cell(values: np.ndarray) -> np.ndarray:
-        cells = values.reshape(side, points, side, points).transpose(0, 2, 1, 3)
-        return cells.reshape(side * side, points * points)
-
-    colours, shapes = (torch.from_numpy(np.stack([by_cell(part) for part in parts])) for parts in zip(*told, strict=True))
-    return colours, shapes
 
 
 def dense_loss(logits: Tensor, colours: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:

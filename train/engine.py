@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.compiled import compile_blocks
+from train.compiled import compile_all
 from train.ema import EmaConfig, follow, kept
 from train.guard import Guard, GuardConfig
 from train.optim import AdamW, OptimConfig, adamw, learning_rate
@@ -176,7 +176,7 @@ class Engine:
                 "set engine.zero to 1, or load it in float32 (decoder.dtype)"
             )
         if config.compile:
-            compile_blocks(module)
+            compile_all(module)
         self._optimizer = adamw(module, optim)
         if config.precision == "bf16":  # inputs such as time stay float32; DeepSpeed switches an outer autocast off
             module.forward = torch.autocast(ranks.device.type, torch.bfloat16)(module.forward)

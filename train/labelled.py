@@ -26,7 +26,7 @@ from model.sit import SiT, SiTConfig, finer
 from model.vae import LatentVAE, VAEConfig, load_vae
 from sample.solver import solve
 from train.autoencoder import compare
-from train.dense import HEAD_FILE, DenseHead, load_head
+from train.dense import HEAD_FILE, DenseHead, dense_loss, load_head
 from train.engine import Engine
 from train.loss import squared_error
 from train.ranks import Ranks
@@ -54,6 +54,12 @@ class LabelledTaskConfig:
     """Points along a side of a latent token's cell."""
     init: Path | None = None
     """The release of an earlier run to go on from, of the same shape or a coarser patch. None: fresh weights."""
+    train_labels: bool = True
+    """False: the SiT is told in the words that it knows from `init`, and a bridge that speaks them stays right."""
+
+    def __post_init__(self) -> None:
+        if not self.train_labels and self.init is None:
+            raise ValueError("task.train_labels is off, and fresh labels say nothing; give task.init, or train them")
 
     def build(self, run: Run, ranks: Ranks) -> LabelledTask:
         """Load the VAE, make SiT and labels, hand both to one engine."""
@@ -64,7 +70,9 @@ class LabelledTaskConfig:
         module = LabelledSiT(self.sit, self.align_points if self.align else 0)
         if self.init is not None:
             module.start(self.init)
-        loader = loader_for(LabelledCollate(run.data.image_size), run, ranks)
+        module.labels.requires_grad_(self.train_labels)
+        points = (self.sit.latent_size // self.sit.patch, self.align_points) if self.align else None
+        loader = loader_for(LabelledCollate(run.data.image_size, points=points), run, ranks)
         vae = load_vae(self.vae).to(ranks.device)
         return LabelledTask(self, module, vae, engine_for(module, run, ranks), loader, run, ranks)
 
@@ -144,8 +152,8 @@ class LabelledTask(LoaderTask):
         loss = squared_error(prediction, self.noising.target(x0, eps, t)).mean()
         measured, objective = {"loss": loss.detach()}, loss
         if logits is not None:
-            assert self.module.head is not None
-            align, accuracy = self.module.head.loss(logits, batch.scenes)
+            assert batch.points is not None
+            align, accuracy = dense_loss(logits, *(part.to(device) for part in batch.points))
             measured |= {"align": align.detach(), "shape_accuracy": accuracy}
             objective = loss + self.config.align * align
         self.engine.backward(objective)

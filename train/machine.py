@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -46,3 +47,20 @@ def available_memory() -> float:
         used = int((limits / "memory.current").read_text()) - int(counted["file"])
         free.append(float(int(limit) - used))
     return min(free)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of the best of five products of large square matrices."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / min(timed(lambda: a @ a, device) for _ in range(5))
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has done it."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - began

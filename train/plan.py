@@ -101,8 +101,14 @@ def metaquery_of(run: Run) -> MetaQueryConfig:
 
 def shaped(config: MetaQueryConfig) -> MetaQueryConfig:
     """The config whose hub ids are the shapes that lie with the code, where they do."""
-    decoder = config.decoder if config.decoder.path is None else _shaped(config.decoder)
-    return replace(config, mllm=_shaped(config.mllm), vae=_shaped(config.vae), decoder=decoder)
+    decoder = config.decoder if config.decoder.path is None else shaped_part(config.decoder)
+    return replace(config, mllm=shaped_part(config.mllm), vae=shaped_part(config.vae), decoder=decoder)
+
+
+def shaped_part(part: Any) -> Any:
+    """One part's config, its hub id the shape that lies with the code, where it does."""
+    lying = locate(part.path) is None and locate(f"{SHAPES}/{part.path}") is not None
+    return replace(part, path=f"{SHAPES}/{part.path}") if lying else part
 
 
 def unchecked(config: MetaQueryConfig) -> MetaQueryConfig:
@@ -140,11 +146,6 @@ def kept(model: MetaQuery, prefix_tokens: int) -> dict[str, float]:
     with torch.device("meta"):
         made = steps(model, prefix_tokens)
         return {part: float(kept_bytes(step, fused_attention=True)) for part, step in made.items()}
-
-
-def _shaped(part: Any) -> Any:
-    lying = locate(part.path) is None and locate(f"{SHAPES}/{part.path}") is not None
-    return replace(part, path=f"{SHAPES}/{part.path}") if lying else part
 
 
 def _size(module: nn.Module | None) -> int:

@@ -28,16 +28,18 @@ from data.told import ClassesTold, ScenesTold, Told
 from model.alignment import ProjectorConfig, alignment, build_projector
 from model.assets import fingerprint, tensors_of
 from model.autoencoder import Autoencoder, Coded
+from model.channels_last import channels_last
 from model.discriminator import Discriminator, DiscriminatorConfig
 from model.labels import Labels
 from model.latent_norm import LatentNorm
 from model.metaquery import Bridge
 from model.noise import FlowConfig, Noising, build_noising, noise
-from model.perceptual import FeatureDistance, Perceptual, PerceptualConfig, load_perceptual
+from model.perceptual import LPIPS, FeatureDistance, Perceptual, PerceptualConfig, load_perceptual
 from model.sit import SiT, SiTConfig
 from model.targets import Grid, Target, TargetConfig, load_target
 from model.upsample import merge_upsampling
 from model.vae import LatentVAE, VAEConfig, load_vae
+from train.compiled import compile_blocks, compile_whole
 from train.ema import kept
 from train.engine import Engine
 from train.labelled import start_from
@@ -97,6 +99,10 @@ class RepaeTaskConfig:
     """The step after which the VAE stays as it is and the SiT goes on; 0: never."""
     recon_fraction: float = 1.0
     """Share of each batch that is decoded and compared; the rest trains the encoder by its alignment alone."""
+    merged_upsampling: bool | None = None
+    """Upsampling and the convolution after it as one (model/upsample.py); None: on a CPU, where it is twice as fast."""
+    channels_last: bool | None = None
+    """Convolutions in the order that a GPU's tensor cores read; None: on a GPU, with engine.compile."""
     flip: bool = False
     """Mirror half of the pictures, chosen by sample number; for labels without places."""
     init: Path | None = None
@@ -124,12 +130,17 @@ class RepaeTaskConfig:
 
     def build(self, run: Run, ranks: Ranks) -> RepaeTask:
         """Load what is frozen, make the rest, and hand each network that trains to an engine."""
+        return self.assemble(self.networks(run, ranks), run, ranks)
+
+    def networks(self, run: Run, ranks: Ranks) -> Networks:
+        """Load what is frozen and make the rest; what trains is still on the CPU."""
         wanted = "t2i" if isinstance(self.told, PromptsTold) else "labelled"
         if run.data.task != wanted:
             raise ValueError(f"data.task is {run.data.task}, and what task.told tells is in samples of {wanted}; give that")
         vae = load_vae(self.vae, weights=not self.fresh_vae)
         coder = Autoencoder(vae.autoencoder)
-        if self.train_vae and ranks.device.type == "cpu":  # twice as fast there; on a GPU nobody has measured it
+        on_cpu = ranks.device.type == "cpu"
+        if self.train_vae and (on_cpu if self.merged_upsampling is None else self.merged_upsampling):
             merge_upsampling(coder)
         self._check(coder, run.data.image_size, ranks)
         check_buckets(run.data, coder.factor)
@@ -151,17 +162,29 @@ class RepaeTaskConfig:
             modules["vae"] = coder.requires_grad_(True).train()
             if self.discriminator is not None and self.losses.adversarial:
                 modules["discriminator"] = Discriminator(self.discriminator)
+        distance = None
+        if self.train_vae and self.perceptual is not None and self.losses.perceptual:
+            distance = load_perceptual(self.perceptual, targets).to(ranks.device)
+        return Networks(coder, vae.to(ranks.device), targets, modules, distance)
+
+    def assemble(self, networks: Networks, run: Run, ranks: Ranks) -> RepaeTask:
+        """Hand each network that trains to an engine, fast for its device."""
+        coder, modules, distance = networks.coder, networks.modules, networks.distance
+        on_gpu, compiled = ranks.device.type == "cuda", run.engine.compile
+        if on_gpu:
+            torch.backends.cudnn.benchmark = True  # shapes stay; the fastest convolution is looked for once
+        if (on_gpu and compiled) if self.channels_last is None else self.channels_last:
+            networks.put_channels_last()
+        if compiled:
+            networks.compile_frozen()
         optims = {"vae": self.vae_optim, "discriminator": self.discriminator_optim}
         guard = replace(run.engine.guard, spike=0)  # of one that wins the loss is near 0, and any other a spike
         runs = {"discriminator": replace(run, engine=replace(run.engine, guard=guard))}
         engines = {
             name: engine_for(module, runs.get(name, run), ranks, optims.get(name)) for name, module in modules.items()
         }
-        distance = None
-        if self.train_vae and self.perceptual is not None and self.losses.perceptual:
-            distance = load_perceptual(self.perceptual, targets).to(ranks.device)
         loader = loader_for(self._collate(modules.get("main"), run), run, ranks)
-        return RepaeTask(self, engines, coder, vae.to(ranks.device), targets, distance, loader, run, ranks)
+        return RepaeTask(self, engines, coder, networks.vae, networks.targets, distance, loader, run, ranks)
 
     def _teller(self, sit: SiTConfig, ranks: Ranks) -> Labels | Bridge:
         if not isinstance(self.told, PromptsTold):
@@ -191,6 +214,30 @@ class RepaeTaskConfig:
             raise ValueError(f"task.losses.kl: task.vae {self.vae.path!r} has no posterior to hold; set the weight to 0")
         if self.discriminator is not None and self.discriminator.norm == "sync" and ranks.device.type != "cuda":
             raise ValueError("task.discriminator.norm sync needs GPUs; choose group or batch")
+
+
+@dataclass
+class Networks:
+    """All that a joint step runs, before any engine."""
+
+    coder: Autoencoder
+    vae: LatentVAE  # over the same autoencoder
+    targets: list[Target]
+    modules: dict[str, nn.Module]  # what trains, by the name of its engine
+    distance: Perceptual | None
+
+    def put_channels_last(self) -> None:
+        """Convolutions of VAE, discriminator and LPIPS."""
+        for module in (self.coder, self.modules.get("discriminator"), self.distance):
+            if isinstance(module, nn.Module):
+                channels_last(module)
+
+    def compile_frozen(self) -> None:
+        """LPIPS, the encoders' blocks."""
+        if isinstance(self.distance, LPIPS):
+            compile_whole(self.distance)
+        for target in self.targets:
+            compile_blocks(target.encoder)
 
 
 class Predicted(NamedTuple):

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
 from data.transforms import to_pil
+from data.world.dense import points_of
 from model.assets import locate
 from model.embedded import save
 from model.mllm import MLLMConfig, load
 from model.qwen import Qwen2_5_VL
 from model.vision import batch_equal_pictures
-from train.dense import CLASSES, dense_loss, points_of
+from train.dense import CLASSES, dense_loss
 from train.engine import Engine
 from train.ranks import Ranks
 from train.task import LoaderTask, engine_for, loader_for

@@ -1,15 +1,17 @@
-"""Captions -> a bridge that speaks its decoder's own language: conditioning regressed on what the decoder was trained with.
+"""Asks -> a bridge that speaks its decoder's own language: conditioning regressed on what the decoder was trained with.
 
-A labelled SiT was told scenes as tokens, and a caption gives those tokens exactly (data/world/labels.py). Nothing is noised
-and nothing drawn, so a sample costs a third of a drawn one, and what binds which colour to which shape is the target itself
-rather than a small part of a diffusion loss. `metaquery.world` goes on from the release. Letters: B batch, Q queries,
-C conditioning width, K words a token.
+A labelled SiT was told scenes as tokens, and what is asked (data/world/asks.py) gives those tokens (data/world/labels.py).
+Nothing is noised and nothing drawn, so a sample costs a third of a drawn one, and what binds which colour to which shape is
+the target itself rather than a small part of a diffusion loss. Where several answers are right (objects in any order, an
+object at any free spot), the nearest of them is the target. `metaquery.world` goes on from the release. Letters: B batch,
+Q queries, C conditioning width, K words a token, N objects, S ways to tell an object.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.dropout import Dropout, drop
-from data.loader import Positions, World
-from data.world.captions import describe
-from data.world.labels import OBJECTS, absent, encode_caption, nothing
-from data.world.scene import make_scene, random_for
+from data.dropout import drop
+from data.loader import Data, Positions, World
+from data.world.asks import KINDS, Mix, heard, make_ask
+from data.world.labels import CHOICES, OBJECTS, absent, encode_choice, encode_wanted, nothing
+from data.world.wanted import Wanted
 from model.labels import Labels, load_labels
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 from model.prefix import Prefix, PrefixBuilder
@@ -43,6 +45,8 @@ class TellTaskConfig:
     """Queries and connector learn; the decoder, a labelled SiT's release, is only asked what it would have been told."""
 
     model: MetaQueryConfig
+    mix: Mix = field(default_factory=Mix)
+    """What is asked."""
     spare: float = 0.3
     """Weight of the queries beyond those that are told something: they tell of things that are not there."""
     init: Path | None = None
@@ -54,8 +58,8 @@ class TellTaskConfig:
         if self.model.queries < TOLD:
             raise ValueError(f"task.model.queries is {self.model.queries}; a scene is told in {TOLD} tokens, give as many")
         if run.data.task != "t2i":
-            raise ValueError(f"data.task is {run.data.task}; a bridge is told captions, give t2i")
-        others = "data.sources: captions of the generated world are told, and nothing else; give one world"
+            raise ValueError(f"data.task is {run.data.task}; a bridge is told what task.mix says, give t2i")
+        others = "data.sources: asks of the generated world are told, and nothing else; give one world"
         world = only_world(run.data, others)
         model = build(replace(self.model, trainable=()))
         if self.init is not None:
@@ -64,37 +68,39 @@ class TellTaskConfig:
         labels = load_labels(self.model.decoder.path).to(ranks.device)
         size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
         rows = range(ranks.rank, size * ranks.world, ranks.world)
-        captions = Captions(world, model.mllm.builder, run.data.dropout, run.seed, rows, run.data.workers)
-        return TellTask(self, model, labels, engine_for(Teller(model), run, ranks), captions, ranks)
+        asks = Asks(world, self.mix, model.mllm.builder, run.data, run.seed, rows)
+        return TellTask(self, model, labels, engine_for(Teller(model), run, ranks), asks, ranks)
 
 
 class ToldBatch(NamedTuple):
-    """Captions to read, and what they say."""
+    """What is asked, and what it says: of the object in row `open`, each way to tell it is right."""
 
     prefix: Prefix
     words: Tensor  # [B, TOLD, K]
     places: Tensor  # [B, TOLD, 3]
+    open: Tensor  # [B]
+    open_words: Tensor  # [B, S, K]
+    open_places: Tensor  # [B, S, 3]
+    kinds: Tensor  # [B], by number in KINDS
 
 
-class Captions(Positions[ToldBatch]):
-    """This rank's rows of the global batches of generated captions; set `samples` to go on from there."""
+class Asks(Positions[ToldBatch]):
+    """This rank's rows of the global batches of generated asks; set `samples` to go on from there."""
 
-    def __init__(
-        self, world: World, builder: PrefixBuilder, dropout: Dropout, seed: int, rows: range, workers: int = 0
-    ) -> None:
-        super().__init__(rows, workers)
-        self._world, self._builder, self._dropout, self._seed = world, builder, dropout, seed
+    def __init__(self, world: World, mix: Mix, builder: PrefixBuilder, data: Data, seed: int, rows: range) -> None:
+        super().__init__(rows, data.workers)
+        self._world, self._mix, self._builder, self._data, self._seed = world, mix, builder, data, seed
 
     def __getitem__(self, position: int) -> ToldBatch:
-        prompts, told = [], []
+        turns, told, kinds = [], [], []
         for number in self.numbers(position):
-            scene = make_scene(self._world.seed, number, self._world.split)
-            caption = describe(scene, random_for(self._world.seed, "caption", self._world.split, number))
-            dropped = drop(number, self._seed, self._dropout) is not None
-            prompts.append("" if dropped else caption.text)
-            told.append(nothing() if dropped else encode_caption(caption))
-        words, places = (torch.from_numpy(np.stack(part)) for part in zip(*told, strict=True))
-        return ToldBatch(self._builder.draw(prompts), words, places)
+            ask = make_ask(self._world.seed, number, self._world.split, size=self._data.image_size, mix=self._mix)
+            said, wanted = heard(ask, drop(number, self._seed, self._data.dropout))
+            turns.append(said)
+            told.append(_label(wanted))
+            kinds.append(KINDS.index(ask.kind))
+        parts = [torch.from_numpy(np.stack(part)) for part in zip(*told, strict=True)]
+        return ToldBatch(self._builder(turns), *parts, torch.tensor(kinds))
 
 
 class Teller(nn.Module):
@@ -110,14 +116,13 @@ class Teller(nn.Module):
 
 
 class TellTask(BridgeTask):
-    """Regresses the bridge's conditioning on the label tokens of what each caption says; the release holds queries and
-    connector."""
+    """Regresses the bridge's conditioning on the label tokens of what is asked; the release holds queries and connector."""
 
     def __init__(
-        self, config: TellTaskConfig, model: MetaQuery, labels: Labels, engine: Engine, captions: Captions, ranks: Ranks
+        self, config: TellTaskConfig, model: MetaQuery, labels: Labels, engine: Engine, asks: Asks, ranks: Ranks
     ) -> None:
         self.config, self.model, self.labels, self.engine = config, model, labels, engine
-        self.captions, self.previews, self.ranks = captions, config.preview, ranks
+        self.asks, self.previews, self.ranks = asks, config.preview, ranks
         words, places = (torch.from_numpy(part) for part in absent(config.model.queries - TOLD))
         with torch.no_grad():
             self.spare = labels(words[None].to(ranks.device), places[None].to(ranks.device))  # [1, Q - TOLD, C]
@@ -125,19 +130,54 @@ class TellTask(BridgeTask):
 
     def batches(self, samples: int) -> Iterator[ToldBatch]:
         """This rank's share, on the CPU."""
-        self.captions.samples = samples
-        return iter(self.captions)
+        self.asks.samples = samples
+        return iter(self.asks)
 
     def step(self, batch: ToldBatch) -> dict[str, Tensor]:
-        """Mean square of conditioning - label tokens (which have mean square 1): of the told tokens, plus of the spare."""
-        device = self.ranks.device
-        with torch.no_grad():
-            told = self.labels(batch.words.to(device), batch.places.to(device))  # [B, TOLD, C]
-        given = self.engine(batch.prefix.to(device)).float()  # [B, Q, C]
-        loss = (given[:, :TOLD] - told).square().mean()
+        """Mean square of conditioning - label tokens (which have mean square 1): of the told tokens, plus of the spare; and
+        the former by kind of what is asked."""
+        given = self.engine(batch.prefix.to(self.ranks.device)).float()  # [B, Q, C]
+        off = told_error(given[:, :TOLD], batch, self.labels)  # [B]
+        loss = off.mean()
         objective = loss
         if self.spare.shape[1]:
             objective = loss + self.config.spare * (given[:, TOLD:] - self.spare).square().mean()
         self.engine.backward(objective)
         self.engine.step()
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), **self._by_kind(off.detach(), batch.kinds.to(off.device))}
+
+    def _by_kind(self, off: Tensor, kinds: Tensor) -> dict[str, Tensor]:
+        """The error of each kind that is asked: its sum over the number that is to be expected, which no batch lacks."""
+        shares = {kind: share for kind in KINDS if (share := self.config.mix.share(kind)) > 0}
+        return {f"off_{kind}": (off * (kinds == KINDS.index(kind))).mean() / share for kind, share in shares.items()}
+
+
+def told_error(given: Tensor, batch: ToldBatch, labels: Labels) -> Tensor:
+    """Mean square [B] of conditioning [B, TOLD, C] less the nearest of the label tokens that are right: objects in any
+    order, and an object whose place is open told in any of its ways."""
+    device = given.device
+    with torch.no_grad():
+        told = labels(batch.words.to(device), batch.places.to(device))  # [B, TOLD, C]
+        ways = labels(batch.open_words.to(device), batch.open_places.to(device))  # [B, S, C]
+        open = (batch.open.to(device) - 1)[:, None, None].expand(-1, OBJECTS, 1)  # [B, N, 1]
+    ground = (given[:, 0] - told[:, 0]).square().mean(-1)  # [B]
+    each = _squares(given[:, 1:], told[:, 1:])  # [B, N, N]: an object given against one told
+    best = _squares(given[:, 1:], ways).amin(-1, keepdim=True)  # [B, N, 1]
+    each = each.scatter(2, open, best)
+    orders = torch.tensor(list(permutations(range(OBJECTS))), device=device)  # [N!, N]
+    by_order = each[:, torch.arange(OBJECTS, device=device), orders].sum(-1)  # [B, N!]
+    return (ground + by_order.amin(-1)) / TOLD
+
+
+def _squares(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared differences [B, M, N] of a [B, M, C] and b [B, N, C]."""
+    return (a[:, :, None] - b[:, None]).square().mean(-1)
+
+
+def _label(wanted: Wanted | None) -> tuple[np.ndarray, ...]:
+    """Words, places, and the row, words and places of what is open."""
+    words, places = nothing() if wanted is None else encode_wanted(wanted)
+    if wanted is None:
+        return words, places, np.array(1), np.tile(words[1], (CHOICES, 1)), np.tile(places[1], (CHOICES, 1))
+    row, *ways = encode_choice(wanted)
+    return words, places, np.array(row), *ways

@@ -12,19 +12,13 @@ import numpy as np
 
 from data.world.captions import Caption, describe
 from data.world.scene import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, random_for
+from data.world.wanted import ANYWHERE, Wanted, by_caption
 from model.labels import UNKNOWN, LabelsConfig
 
 OBJECTS = 5
+CHOICES = 32  # ways to tell a thing whose place is open; more than a grid of spots has
 WORDS = ("unknown", "none", *BACKGROUNDS, *COLOURS, *SHAPES, *SIZES)
 _NUMBER = {word: number for number, word in enumerate(WORDS)} | {None: UNKNOWN}
-ANYWHERE = (0.5, 0.5, 1.0)
-LINKED = {
-    "left of": ((0.3, 0.5, 0.3), (0.7, 0.5, 0.3)),
-    "right of": ((0.7, 0.5, 0.3), (0.3, 0.5, 0.3)),
-    "above": ((0.5, 0.3, 0.3), (0.5, 0.7, 0.3)),
-    "below": ((0.5, 0.7, 0.3), (0.5, 0.3, 0.3)),
-}
-"""The places (x, y, spread) that tell how one thing stands to another; the decoder learns what they mean."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +67,25 @@ def encode(label: dict[str, Any], withhold: Withhold, seed: int, index: int) -> 
 
 def encode_caption(caption: Caption) -> tuple[np.ndarray, np.ndarray]:
     """What a caption says -> words [6, 3], places [6, 3], things in the order in which they are said."""
+    return encode_wanted(by_caption(caption))
+
+
+def encode_wanted(wanted: Wanted) -> tuple[np.ndarray, np.ndarray]:
+    """What a picture has to show -> words [6, 3], places [6, 3]; of a thing's spots, the first."""
     words, places = absent(1 + OBJECTS)
-    words[0, 0] = _NUMBER[caption.background]
-    linked = {}
-    if caption.link is not None:
-        first, how, second = caption.link
-        linked = dict(zip((first, second), LINKED[how], strict=True))
-    told = [(number, group) for number, group in enumerate(caption.groups) for _ in range(group.count)]
-    for row, (number, group) in enumerate(told, start=1):
-        words[row] = [_NUMBER[word] for word in (group.colour, group.shape, group.size)]
-        places[row] = linked.get(number, ANYWHERE)
+    words[0, 0] = _NUMBER[wanted.background]
+    for row, thing in enumerate(wanted.things, start=1):
+        words[row], places[row] = [_NUMBER[word] for word in thing.words], thing.place
     return words, places
+
+
+def encode_choice(wanted: Wanted) -> tuple[int, np.ndarray, np.ndarray]:
+    """The row of a thing of which several places are right, and all ways to tell it: words [32, 3], places [32, 3]. Where
+    nothing is left to choose, the first thing, and one way 32 times."""
+    words, places = encode_wanted(wanted)
+    row, thing = next(((row, thing) for row, thing in enumerate(wanted.things, start=1) if thing.spots), (1, None))
+    told = np.array(thing.spots if thing else places[row : row + 1], np.float32)
+    return row, np.tile(words[row], (CHOICES, 1)), told[np.arange(CHOICES) % len(told)]
 
 
 def nothing() -> tuple[np.ndarray, np.ndarray]:

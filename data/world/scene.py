@@ -63,6 +63,11 @@ class Object:
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
 
+    @property
+    def look(self) -> tuple[str, str, str]:
+        """Colour, shape, size."""
+        return self.colour, self.shape, self.size
+
 
 @dataclass(frozen=True)
 class Scene:

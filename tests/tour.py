@@ -1,0 +1,196 @@
+"""Every command of README.md, in order, as a new user would give it -> docs/tour.md, with what each printed.
+
+    python -m tests.tour                # in a copy of this checkout, with the Python that runs this; some minutes
+
+Commands that would take hours, a cluster or somebody's data are told so: `ADDED` makes a training short, `LEFT_OUT` says why a
+command is not run. A command that neither runs nor is named there fails the tour. Servers are started, asked, and stopped.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from model.assets import ROOT
+from model.files import write_whole
+from sample.cli import run
+
+LINES = 12  # of a command's output that the page shows, at most
+PATIENCE = 600.0  # seconds that a command may take
+SHORT = "--schedule.steps 2 --schedule.save-every 2 --schedule.batch-size 8"
+
+ADDED: tuple[tuple[str, str], ...] = ()
+"""(what the command contains, what is added to it so that it takes seconds); the first that fits counts."""
+
+LEFT_OUT: tuple[tuple[str, str], ...] = ()
+"""(what the command contains, why it is not run)."""
+
+SERVERS: tuple[tuple[str, str], ...] = ()
+"""(what the command contains, the address that answers once it is up)."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command of the README and what came of it."""
+
+    command: str
+    added: str = ""
+    why_not: str = ""
+    code: int = 0
+    output: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Args:
+    """Run every command of README.md and write docs/tour.md."""
+
+    page: Path = ROOT / "docs" / "tour.md"
+    """The page to write."""
+    only: str = ""
+    """Run only the commands that contain this, and write nothing."""
+    folder: Path = Path("/tmp/querybridge-tour")
+    """Where the copy of the checkout is made; replaced."""
+
+
+def commands(readme: str) -> list[str]:
+    """The commands in the fenced blocks of a README, without remarks, continued lines joined."""
+    blocks = re.findall(r"^```\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    bare = [re.sub(r"\s+", " ", re.sub(r"\s{2,}#.*$|^#.*$", "", line)).strip() for line in lines]
+    return [line for line in bare if line]
+
+
+def plan(command: str) -> Done:
+    """The command with what is added to it, or why it is not run."""
+    for part, why in LEFT_OUT:
+        if part in command:
+            return Done(command, why_not=why)
+    return Done(command, next((added for part, added in ADDED if part in command), ""))
+
+
+def tour(folder: Path, only: str = "") -> Iterator[Done]:
+    """Runs the README's commands one after the other in a copy of this checkout."""
+    copy(folder)
+    for command in commands((ROOT / "README.md").read_text()):
+        if only in command:
+            yield carry_out(plan(command), folder)
+
+
+def copy(folder: Path) -> None:
+    """The files that git knows, and what the commands expect of a user: a picture, prompts, a folder of pictures."""
+    from PIL import Image
+
+    from data.world.captions import describe
+    from data.world.render import render
+    from data.world.scene import make_scene, random_for
+
+    shutil.rmtree(folder, ignore_errors=True)
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    for name in listed.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    (folder / "PICTURES").mkdir()
+    for number in range(8):
+        scene = make_scene(1, number, "val")
+        picture, words = Image.fromarray(render(scene, 64)), describe(scene, random_for("tour", number)).text
+        picture.save(folder / "PICTURES" / f"{number}.jpg", quality=95)
+        (folder / "PICTURES" / f"{number}.txt").write_text(words)
+        if number == 0:
+            picture.save(folder / "picture.png")
+    (folder / "prompts.txt").write_text("a red circle\na blue square and a yellow star\n")
+
+
+def carry_out(planned: Done, folder: Path) -> Done:
+    """Runs one command to its end; a server until it answers."""
+    if planned.why_not:
+        return planned
+    line = " ".join(part for part in (planned.command, planned.added) if part)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "120",
+    }
+    began = time.perf_counter()
+    with (folder / "output.txt").open("w+") as told:
+        process = subprocess.Popen(
+            ["bash", "-c", line], cwd=folder, env=environment, stdout=told, stderr=told, start_new_session=True
+        )
+        address = next((address for part, address in SERVERS if part in planned.command), None)
+        try:
+            if address is not None:
+                wait_for(address, process)
+                os.killpg(process.pid, signal.SIGTERM)
+            code = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+        told.seek(0)
+        output = told.read()
+    return Done(planned.command, planned.added, "", code, output, time.perf_counter() - began)
+
+
+def wait_for(address: str, process: subprocess.Popen) -> None:
+    """Until a server answers, or its process has ended."""
+    until = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < until:
+        try:
+            urllib.request.urlopen(address, timeout=5).read()
+            return
+        except OSError:
+            time.sleep(0.5)
+
+
+def page(done: list[Done]) -> str:
+    """The page: each command, what was added, and the end of what it printed."""
+    ran = [one for one in done if not one.why_not]
+    lines = [
+        "# A tour: every command of the README",
+        "",
+        f"Written by `python -m tests.tour`, which gave the {len(ran)} commands below that have an output, in this order, in a copy of the",
+        "checkout, with the embedded default and nothing else. The test suite takes the tour too.",
+        "",
+    ]
+    for one in done:
+        lines += ["```", f"$ {one.command}", *([f"    (with {one.added})"] if one.added else [])]
+        lines += [f"    (not run here: {one.why_not})"] if one.why_not else shown(one.output)
+        lines += ["```", ""]
+    return "\n".join(lines)
+
+
+def shown(output: str) -> list[str]:
+    """The last lines, without what a terminal would paint."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output).replace("\r", "\n")
+    lines = [line.rstrip()[:160] for line in plain.splitlines() if line.strip()]
+    return (["..."] if len(lines) > LINES else []) + lines[-LINES:]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Takes the tour and writes the page; ValueError where a command failed."""
+    args = tyro.cli(Args, args=argv, description=Args.__doc__)
+    done = []
+    for one in tour(args.folder, args.only):
+        print(f"{'-' if one.why_not else one.code} {one.seconds:6.1f} s  {shlex.quote(one.command)}", flush=True)
+        if one.code:
+            print(one.output[-3000:])
+        done.append(one)
+    if failed := [one.command for one in done if one.code]:
+        raise ValueError(f"{len(failed)} of {len(done)} commands failed, the first: {failed[0]}")
+    if not args.only:
+        write_whole(args.page, lambda path: path.write_text(page(done)) and None)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
