@@ -89,7 +89,7 @@ def page(source: ShardSource, args: Args) -> str:
 def _card(raw: dict[str, Any], index: int, side: int) -> str:
     named = [(f"source {number}", picture) for number, picture in enumerate(raw["sources"])]
     named += [(name, raw[name]) for name in ("image", "mask") if raw[name] is not None]
-    pictures = "".join(f'<img src="{_data_url(picture, side)}" alt="{name}" title="{name}">' for name, picture in named)
+    pictures = "".join(f'<img src="{data_url(picture, side)}" alt="{name}" title="{name}">' for name, picture in named)
     sizes = ", ".join(f"{name} {picture.width} x {picture.height}" for name, picture in named)
     described = {name: value for name, value in raw["json"].items() if name not in ("key", "status", "sha256", "caption")}
     rest = _short(json.dumps(described, ensure_ascii=False)) if described else ""
@@ -103,12 +103,13 @@ def _short(text: str) -> str:
     return html.escape(text if len(text) <= TEXT_LIMIT else text[:TEXT_LIMIT] + " ...")
 
 
-def _data_url(picture: Image.Image, side: int) -> str:
+def data_url(picture: Image.Image, side: int, kind: str = "JPEG") -> str:
+    """A picture as an address that holds it, at most `side` pixels along its longer side."""
     small = picture.convert("RGB")
     small.thumbnail((side, side))
     stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    small.save(stream, kind, quality=85)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ class MLLMConfig:
 class FrozenMLLM:
     """An MLLM that is read and talked to, never trained, over a transformers class with `model` and `lm_head`."""
 
+    model_class: Any
+    """Of transformers, whose `from_pretrained` loads what is wrapped here."""
     position_axes: int | None = None
     """Axes of the rotary positions; None: one, and positions are [B, P]."""
 

@@ -8,7 +8,6 @@ command goes on where it was stopped, and the second one above only packs. The .
 [n, H, W, 3], arr_1 labels [n].
 """
 
-import os
 import sys
 import zipfile
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import tyro
 
 from data.address import draw as address
 from sample.cli import run
+from sample.drawn import is_there, ranks, save, share
 from sample.settings import Guidance, SolverName
 
 
@@ -43,6 +43,8 @@ class Args:
     """How strongly to follow the class; 1 follows it plainly, in half the time."""
     guidance_end: float = 1.0
     """Guide at times up to here (0 data, 1 noise)."""
+    shard: str = "0/1"
+    """i/n: draw every n-th picture from i on, counted from 0."""
     batch_size: int = 32
     """Pictures drawn at once; changes speed and memory, never a picture."""
     npz: Path | None = None
@@ -52,16 +54,17 @@ class Args:
 def main(argv: list[str] | None = None) -> None:
     """Draws this rank's pictures, and packs all of them where told."""
     args = tyro.cli(Args, args=argv, description=Args.__doc__)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if min(args.n, args.batch_size, args.steps) < 1:
         raise ValueError("give --n, --batch-size and --steps of at least 1")
-    if args.npz is not None and world > 1:
-        raise ValueError("--npz packs what all ranks drew; run it without torchrun afterwards, or leave it out")
+    if args.npz is not None and (args.shard != "0/1" or ranks()[1] > 1):
+        raise ValueError(
+            "--npz packs what all processes drew; run it afterwards without torchrun and --shard, or leave it out"
+        )
     from sample.labelled import load_decoder
 
     decoder = load_decoder(args.release)
-    numbers = [number for number in range(rank, args.n, world) if not drawn(args, number, decoder.classes)]
-    draw(args, decoder, numbers)
+    own = share(range(args.n), args.shard)
+    draw(args, decoder, [n for n in own if not is_there(path_of(args, n), about(args, n, decoder.classes))])
     if args.npz is not None:
         pack(args, decoder.classes)
         print(f"{args.n} pictures in {args.npz}")
@@ -80,7 +83,6 @@ def draw(args: Args, decoder, numbers: list[int]) -> None:
     from rich.progress import track
 
     from data.transforms import to_pil
-    from sample.generate import save
     from sample.pipeline import default_device
 
     decoder.to(default_device())
@@ -95,20 +97,6 @@ def draw(args: Args, decoder, numbers: list[int]) -> None:
             save(path_of(args, number), to_pil(picture), about(args, number, decoder.classes))
     if numbers:
         print(f"{len(numbers)} pictures in {args.out}")
-
-
-def drawn(args: Args, number: int, classes: int) -> bool:
-    """Whether the picture is there. Raises ValueError where it was drawn with other settings."""
-    from PIL import Image
-
-    path = path_of(args, number)
-    if not path.is_file():
-        return False
-    with Image.open(path) as picture:
-        told = {key: picture.info.get(key) for key in about(args, number, classes)}
-    if told != about(args, number, classes):
-        raise ValueError(f"--out: {path} was drawn with other settings; remove it, or name another folder")
-    return True
 
 
 def about(args: Args, number: int, classes: int) -> dict[str, object]:

@@ -4,7 +4,8 @@
 `sample/world_suite.py`), then asks the MLLM about held-out pictures (`sample/world_answers.py`). `edits` asks for changes of
 held-out pictures, one by one and in conversations (`sample/world_edits.py`). `decoder` judges a SiT and its VAE before there
 is any language model (`sample/decoder_scores.py`), `vae` a VAE alone (`sample/vae_scores.py`), `images` a folder of pictures
-(`sample/image_scores.py`).
+(`sample/image_scores.py`, `sample/clip_score.py`). `parity` proves that the MLLM is its base still (`sample/parity.py`). The
+JSON of each says by what it was measured (`sample/protocol.py`).
 """
 
 import sys
@@ -18,6 +19,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes
 
 from sample.cli import run
+from sample.parity import Parity
 from sample.settings import Drawing, Guidance
 
 
@@ -41,6 +43,8 @@ class World:
     """Where to write the measures."""
     grid: Path | None = None
     """Where to write a PNG of the first pictures of each category, with verdicts."""
+    html: Path | None = None
+    """Where to write all of it as one page, pictures included."""
     drawing: Annotated[Drawing, OmitArgPrefixes] = Drawing()
 
 
@@ -111,12 +115,16 @@ class VAE:
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """Score a folder of drawn pictures against a folder of real ones."""
+    """Score a folder of drawn pictures against a folder of real ones, or against their prompts."""
 
-    real: Path
-    """The folder of real pictures."""
     drawn: Path
-    """The folder of drawn ones."""
+    """The folder of drawn pictures."""
+    real: Path | None = None
+    """The folder of real ones."""
+    clip: str | None = None
+    """A CLIP in the hub's layout, a folder or a hub id, for the CLIP score as well."""
+    prompts: Path | None = None
+    """A JSONL file of objects with file and prompt; None: prompts are those in the pictures."""
     features: str = "assets/world/mllm"
     """Whose features tell how far they lie apart: a local distance, comparable with itself alone."""
     inception: Path | None = None
@@ -126,23 +134,23 @@ class Images:
     batch_size: int = 50
     """Pictures at once."""
     json: Path | None = None
-    """Where to write the measures; NAME.protocol.json beside it tells what was compared how."""
+    """Where to write the measures."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the evaluation that the command line names."""
-    commands = {"world": World, "edits": Edits, "decoder": Decoder, "vae": VAE, "images": Images}
+    commands = {"world": World, "edits": Edits, "decoder": Decoder, "vae": VAE, "images": Images, "parity": Parity}
     args = tyro.extras.subcommand_cli_from_dict(commands, args=argv)
-    if isinstance(args, World):
-        world(args)
-    elif isinstance(args, Edits):
-        edits(args)
-    elif isinstance(args, Decoder):
-        decoder(args)
-    elif isinstance(args, VAE):
-        vae(args)
-    else:
-        images(args)
+    work = {World: world, Edits: edits, Decoder: decoder, VAE: vae, Images: images, Parity: parity}
+    work[type(args)](args)
+
+
+def parity(args: Parity) -> None:
+    """Asks the release and its base, prints what is the same; exits with 1 where anything differs."""
+    from sample.parity import prove
+
+    if not prove(args, _watch("asking")):
+        sys.exit(1)
 
 
 def images(args: Images) -> None:
@@ -153,27 +161,18 @@ def images(args: Images) -> None:
     """
     if min(args.size, args.batch_size) < 1:
         raise ValueError("give --size and --batch-size of at least 1")
-    from model.assets import fingerprint, tensors_of
-    from model.files import write_json as write
-    from model.targets import TargetConfig, load_target
-    from sample.image_scores import by_inception, features, local, pictures_in
+    if args.real is None and (args.clip is None or args.inception is not None):
+        raise ValueError(
+            "--real is missing; name real pictures, or --clip alone to hold the drawn ones against their prompts"
+        )
+    from sample.image_scores import score
     from sample.measures import show, write_json
-    from sample.pipeline import default_device
+    from sample.protocol import protocol
 
-    files = {"real": pictures_in(args.real), "drawn": pictures_in(args.drawn)}
-    target = load_target(TargetConfig(args.features, dtype="float32")).to(default_device())
-    real, drawn = (
-        features(each, target, args.size, args.batch_size, default_device(), _watch(name)) for name, each in files.items()
-    )
-    measures = local(real, drawn)
-    if args.inception is not None:
-        measures |= by_inception(args.real, args.drawn, args.inception, args.batch_size)
-    show(f"{args.drawn} against {args.real}", measures)
+    measures, sha256, counts = score(args, _watch)
+    show(f"{args.drawn} against {args.real or 'its prompts'}", measures)
     if args.json is not None:
-        write_json(args.json, measures)
-        protocol = {name: {"folder": str(getattr(args, name)), "pictures": len(each)} for name, each in files.items()}
-        network = {"path": args.features, "sha256": fingerprint(tensors_of(target.encoder)), "pixels": args.size}
-        write(args.json.with_suffix(".protocol.json"), protocol | {"features": network, "inception": str(args.inception)})
+        write_json(args.json, measures, protocol(args, sha256, pictures=counts))
 
 
 def vae(args: VAE) -> None:
@@ -184,6 +183,7 @@ def vae(args: VAE) -> None:
     """
     if args.size < 11 or args.batch_size < 1:
         raise ValueError("give a --size of at least 11 and a --batch-size of at least 1")
+    from model.assets import fingerprint, tensors_of
     from model.files import check_new
     from model.perceptual import LPIPSConfig, load_perceptual
     from model.targets import TargetConfig, load_target
@@ -191,6 +191,7 @@ def vae(args: VAE) -> None:
     from sample.image_scores import by_inception, check_inception, pictures_in, pixels_of
     from sample.measures import show, write_json
     from sample.pipeline import default_device
+    from sample.protocol import protocol
     from sample.vae_scores import REAL, REBUILT, score
 
     files, device = pictures_in(args.pictures), default_device()
@@ -218,7 +219,8 @@ def vae(args: VAE) -> None:
             measures["vae.rfid"] = found["images.fid"]
     show(f"{args.vae} on {args.pictures}", measures)
     if args.json is not None:
-        write_json(args.json, measures)
+        sha256 = {"vae": fingerprint(tensors_of(scored.autoencoder)), "features": fingerprint(tensors_of(target.encoder))}
+        write_json(args.json, measures, protocol(args, sha256, pictures=len(files)))
 
 
 def decoder(args: Decoder) -> None:
@@ -232,18 +234,21 @@ def decoder(args: Decoder) -> None:
     from data.loader import Data
     from data.loader import World as Scenes
     from data.told import ScenesTold
+    from model.assets import fingerprint, tensors_of
     from model.targets import TargetConfig, load_target
     from sample.decoder_scores import score
     from sample.labelled import load_decoder
     from sample.measures import show, write_json
     from sample.pipeline import default_device
+    from sample.protocol import protocol
 
     scored = load_decoder(args.release).to(default_device())
     if not scored.labels.config.places:
         raise ValueError(f"--release {args.release} was told class numbers; only decoders told scenes can be scored")
+    target = load_target(TargetConfig(args.features, dtype="float32")).to(default_device())
     measures = score(
         scored,
-        load_target(TargetConfig(args.features, dtype="float32")).to(default_device()),
+        target,
         ScenesTold(),
         Data(sources=(Scenes(split="val"),), task="labelled", image_size=scored.image_size),
         args.images,
@@ -254,7 +259,8 @@ def decoder(args: Decoder) -> None:
     )
     show(f"{args.release}", measures)
     if args.json is not None:
-        write_json(args.json, measures)
+        modules = {"sit": scored.sit, "vae": scored.vae.autoencoder, "labels": scored.labels, "features": target.encoder}
+        write_json(args.json, measures, protocol(args, {k: fingerprint(tensors_of(v)) for k, v in modules.items()}))
 
 
 def world(args: World) -> None:
@@ -271,6 +277,7 @@ def world(args: World) -> None:
     from model.files import write_whole
     from sample.measures import Measure, show, write_json
     from sample.pipeline import Pipeline
+    from sample.protocol import parts_of, protocol
     from sample.world_answers import exams, understanding
     from sample.world_drawing import Judged, drawing, picture_of
     from sample.world_suite import suite
@@ -295,8 +302,14 @@ def world(args: World) -> None:
     if args.grid is not None:
         picture = picture_of(judged)
         write_whole(args.grid, lambda temporary: picture.save(temporary, format="PNG"))
+    told = protocol(args, parts_of(pipeline.model))
     if args.json is not None:
-        write_json(args.json, measures)
+        write_json(args.json, measures, told)
+    if args.html is not None:
+        from sample.report_html import page, world_figures
+
+        text = page(f"What {args.release} draws and understands", measures, told, world_figures(judged))
+        write_whole(args.html, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def edits(args: Edits) -> None:
@@ -310,9 +323,11 @@ def edits(args: Edits) -> None:
     from model.files import write_whole
     from sample.measures import Measure, show, write_json
     from sample.pipeline import Pipeline
+    from sample.protocol import parts_of, protocol
     from sample.world_edits import Dialogue, Judged, conversing, drawer, editing, grid
 
-    draw = drawer(Pipeline.from_release(args.release), args.drawing)
+    pipeline = Pipeline.from_release(args.release)
+    draw = drawer(pipeline, args.drawing)
     measures: dict[str, Measure] = {}
     judged: list[Judged] = []
     held: list[Dialogue] = []
@@ -327,7 +342,7 @@ def edits(args: Edits) -> None:
         picture = grid(judged, held)
         write_whole(args.grid, lambda temporary: picture.save(temporary, format="PNG"))
     if args.json is not None:
-        write_json(args.json, measures)
+        write_json(args.json, measures, protocol(args, parts_of(pipeline.model)))
 
 
 def _watch(what: str):

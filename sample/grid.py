@@ -82,6 +82,17 @@ def table(headings: Sequence[str], rows: Sequence[Row], cell_pixels: int = 128, 
     return canvas
 
 
+def tiles(pictures: Sequence[Image.Image], columns: int = 2) -> Image.Image:
+    """Pictures of one size edge to edge, in reading order; one alone stays as it is."""
+    if len(pictures) == 1:
+        return pictures[0]
+    width, height = pictures[0].size
+    canvas = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), PAPER)
+    for place, picture in enumerate(pictures):
+        canvas.paste(picture, (place % columns * width, place // columns * height))
+    return canvas
+
+
 def _place(canvas: Image.Image, cell: Cell, left: int, top: int, side: int) -> None:
     """The picture, as large as fits into a square, in its middle; over it the frame and mark of its verdict."""
     scale = side / max(cell.picture.size)

@@ -1,7 +1,8 @@
 """Counts -> named measures with intervals -> what a command prints, and the same as JSON.
 
 Every measuring command writes `{"<name>": {"value", "low", "high", "n", "unit"}}`; names are stable and dotted
-(`generation.colour`), so that a later run, a table or a test can read them.
+(`generation.colour`), so that a later run, a table or a test can read them. Beside them may stand, as "protocol", what they
+were measured by (sample/protocol.py).
 """
 
 import json
@@ -11,6 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -19,6 +21,7 @@ from data.interval import wilson
 from model.files import write_whole
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+PROTOCOL = "protocol"
 NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 
 
@@ -54,8 +57,8 @@ def share(successes: int, n: int) -> Measure:
     return Measure(successes / n, *wilson(successes, n), n, "share")
 
 
-def write_json(path: Path, measures: Mapping[str, Measure]) -> None:
-    """Writes all measures as JSON, whole or not at all.
+def write_json(path: Path, measures: Mapping[str, Measure], protocol: Mapping[str, Any] | None = None) -> None:
+    """Writes all measures as JSON, whole or not at all, and before them how they came about.
 
     Raises:
         ValueError: a name is not dotted lower case, or a number is not finite.
@@ -65,7 +68,8 @@ def write_json(path: Path, measures: Mapping[str, Measure]) -> None:
             raise ValueError(f"measure {name!r}: the name must be dotted lower case, like generation.colour")
         if not all(math.isfinite(x) for x in (measure.value, measure.low, measure.high) if x is not None):
             raise ValueError(f"measure {name!r}: the value is not finite; nothing was written")
-    text = json.dumps({name: asdict(measure) for name, measure in measures.items()}, indent=2) + "\n"
+    told = {} if protocol is None else {PROTOCOL: protocol}
+    text = json.dumps(told | {name: asdict(measure) for name, measure in measures.items()}, indent=2) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text))
 
 
@@ -76,9 +80,15 @@ def read_json(path: Path) -> dict[str, Measure]:
         ValueError: the file does not hold measures.
     """
     try:
-        return {name: Measure(**fields) for name, fields in json.loads(path.read_text()).items()}
+        raw = json.loads(path.read_text())
+        return {name: Measure(**fields) for name, fields in raw.items() if name != PROTOCOL}
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold measures as --json writes them: {error}") from error
+
+
+def read_protocol(path: Path) -> dict[str, Any]:
+    """How the measures of a file came about; empty where it does not say."""
+    return json.loads(path.read_text()).get(PROTOCOL, {})
 
 
 def show(title: str, measures: Mapping[str, Measure], console: Console | None = None) -> None:

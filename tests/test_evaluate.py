@@ -1,19 +1,28 @@
+import base64
+import io
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from data.transforms import to_tensor
 from data.world.captions import holds
 from data.world.questions import Question
 from data.world.render import render
 from data.world.scene import HELD_OUT_PAIRS
+from model.store import load
 from sample import evaluate
 from sample.cli import run
+from sample.drawn import save
 from sample.fidelity import psnr, ssim
-from sample.measures import read_json
+from sample.measures import interval_of, read_json, read_protocol, value_of
+from sample.pipeline import Pipeline
+from sample.report import CONTROLS
+from sample.settings import Drawing
 from sample.world_answers import Exam, answers, best_guess, exams, understanding, wording
 from sample.world_drawing import drawing, judge
 from sample.world_suite import ASKED_OF, CATEGORIES, chance, suite
@@ -116,8 +125,6 @@ def release(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mllm(release):
-    from model.store import load
-
     return load(release).mllm
 
 
@@ -148,6 +155,7 @@ def test_understanding_counts_right_answers_by_kind(mllm):
 def test_the_command_prints_writes_and_repeats_itself(release, tmp_path, capsys):
     def once(name):
         arguments = f"world --release {release} --split val pairs --n 1 --images 1 --steps 1 --json {tmp_path / name}"
+        arguments += f" --html {tmp_path / 'page.html'}"
         assert run(evaluate.main, [*arguments.split(), "--grid", str(tmp_path / "grid.png")]) == 0
         return read_json(tmp_path / name)
 
@@ -167,6 +175,21 @@ def test_the_command_prints_writes_and_repeats_itself(release, tmp_path, capsys)
     with Image.open(tmp_path / "grid.png") as grid:
         assert 128 < grid.width < 2 * 128
         assert grid.height > 11 * 128
+    told = read_protocol(tmp_path / "a.json")
+    assert told == read_protocol(tmp_path / "b.json")
+    model = load(release)
+    assert told["sha256"]["release"] == Pipeline(model).fingerprint
+    assert told["sha256"]["mllm"] == model.mllm.fingerprint()
+    assert (told["settings"]["seed"], told["settings"]["drawing"]["steps"]) == (0, 1)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<img ") == page.count("data:image/png;base64,") == len(CATEGORIES) + len(ASKED_OF["pairs"])
+    assert not re.search(r"<script|https?://|<link", page)
+    assert all(sha256 in page for sha256 in told["sha256"].values())
+    assert all(value_of(m) in page for m in measures.values())
+    assert all(interval_of(m) in page for name, m in measures.items() if not CONTROLS & {*name.split(".")})
+    first = base64.b64decode(page.split("data:image/png;base64,")[1].split('"')[0])
+    drawn = Pipeline(model)([suite(0, "val", 1)[0].text], [0], Drawing(steps=1))[0]
+    assert np.abs(np.asarray(Image.open(io.BytesIO(first))).astype(int) - np.asarray(drawn).astype(int)).max() <= 1
 
 
 def test_mistakes_exit_with_two_and_write_nothing(release, tmp_path, capsys):
@@ -206,9 +229,10 @@ def test_folders_of_pictures_are_compared(tmp_path):
     assert found["real"]["images.local_frechet"].value == pytest.approx(0, abs=1e-2)
     assert found["real"]["images.local_precision"].value == 1
     assert found["like"]["images.local_frechet"].value < found["other"]["images.local_frechet"].value
-    protocol = json.loads((tmp_path / "scores.protocol.json").read_text())
-    assert protocol["drawn"] == {"folder": str(other), "pictures": 20}
-    assert len(protocol["features"]["sha256"]) == 64
+    told = read_protocol(tmp_path / "scores.json")
+    assert told["pictures"] == {"real": 20, "drawn": 20}
+    assert told["settings"]["drawn"] == str(other)
+    assert len(told["sha256"]["features"]) == 64
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
@@ -228,6 +252,58 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     ]:
         assert run(evaluate.main, argv) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_clip_score_is_that_of_the_stock_class(tmp_path, capsys):
+    """Prompts from the pictures and from a list; batched, and each pair alone by transformers' own class and processors."""
+    path, drawn = tiny_clip(tmp_path / "clip"), tmp_path / "drawn"
+    prompts = ["a red circle", "a star", "a b c d e f g h i j k l m n o p"]
+    for number, prompt in enumerate(prompts):
+        save(drawn / f"{number}.png", tiny.image((40, 32), number), {"prompt": prompt})
+    asked = f"images --drawn {drawn} --clip {path} --batch-size 2 --json {tmp_path}/a.json"
+    assert run(evaluate.main, asked.split()) == 0
+    stock, tokenizer = CLIPModel.from_pretrained(path).eval(), CLIPTokenizer.from_pretrained(path)
+    processor = CLIPImageProcessorPil.from_pretrained(path)
+    cosines = []
+    for number, prompt in enumerate(prompts):
+        text = tokenizer(prompt, truncation=True, max_length=12, return_tensors="pt")
+        seen = processor(Image.open(drawn / f"{number}.png").convert("RGB"), return_tensors="pt")
+        with torch.no_grad():
+            cosine = stock(**text, **seen).logits_per_image / stock.logit_scale.exp()  # [1, 1]
+        cosines.append(float(cosine))
+    found = read_json(tmp_path / "a.json")
+    assert found["images.clip_score"].value == pytest.approx(np.mean([100 * max(c, 0) for c in cosines]), abs=1e-4)
+    assert found["images.clip_score"].value > 0
+    assert found["images.clip_cut_prompts"].value == pytest.approx(1 / 3)
+    assert len(read_protocol(tmp_path / "a.json")["sha256"]["clip"]) == 64
+    listed = tmp_path / "list.jsonl"
+    listed.write_text("".join(json.dumps({"file": f"{n}.png", "prompt": "a star"}) + "\n" for n in range(3)))
+    assert run(evaluate.main, [*asked.split(), "--prompts", str(listed)]) == 0
+    assert read_json(tmp_path / "a.json") != found
+    assert run(evaluate.main, [*asked.split(), "--clip", str(tmp_path / "absent")]) == 2
+    assert "absent' cannot be loaded" in capsys.readouterr().err
+    (drawn / "plain.png").write_bytes((folder_of(tmp_path / "plain", [1]) / "1.png").read_bytes())
+    for more in ([], ["--prompts", str(listed)]):
+        assert run(evaluate.main, [*asked.split(), *more]) == 2
+        assert "plain.png has no prompt" in capsys.readouterr().err
+    assert run(evaluate.main, ["images", "--drawn", str(drawn)]) == 2
+    assert "--real is missing" in capsys.readouterr().err
+
+
+def tiny_clip(folder) -> str:
+    """A random CLIP in the hub's layout: 12 tokens of letters, pictures of 16 pixels."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer(vocab={word: place for place, word in enumerate(words)}, merges=[]).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    shape = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"vocab_size": len(words), "max_position_embeddings": 12, "bos_token_id": 52, "eos_token_id": 53}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config=shape | text, vision_config=shape | {"image_size": 16, "patch_size": 8}, projection_dim=16
+    )
+    CLIPModel(config).save_pretrained(folder)
+    return str(folder)
 
 
 def test_a_vae_is_scored_on_a_folder(tmp_path):

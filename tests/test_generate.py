@@ -1,3 +1,4 @@
+import json
 import os
 import runpy
 import subprocess
@@ -9,7 +10,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from sample import generate
 from sample.cli import run
-from tests import releases
+from tests import releases, tiny
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,9 @@ def test_mistakes_are_told_in_one_sentence_and_write_nothing(release, tmp_path, 
         "--n 0 is too small": [release, "a star", "--n", "0"],
         "cannot be counted up from": [release, "a star", "a circle", "--seed", str(2**63 - 2)],
         "is not Unicode": [release, "caf\udce9"],
+        "--shard 8/8 is not of the form i/n": [release, "a star", "--shard", "8/8"],
+        "--batch-size 0 is too small": [release, "a star", "--batch-size", "0"],
+        "--layout takes the benchmark's own prompts": [release, "a star", "--layout", "dpg"],
     }
     for words, (folder, *arguments) in cases.items():
         assert words in refusal(capsys, folder, out, *map(str, arguments))
@@ -113,6 +117,105 @@ def test_mistakes_are_told_in_one_sentence_and_write_nothing(release, tmp_path, 
             generate.main(["--release", str(release), "a star", *setting])
 
 
+def asked(path, *lines) -> str:
+    """A JSONL file of prompts."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def mixed(folder) -> str:
+    """Text to image, an edit, two subjects, a reconstruction; three shapes, own seeds and counts."""
+    for name in ("one", "two"):
+        tiny.image((20, 16), seed=len(name)).save(folder / f"{name}.png")
+    return asked(
+        folder / "list.jsonl",
+        {"prompt": "a red circle", "n": 2},
+        {"prompt": "a star", "images": ["one.png"], "height": 24, "width": 16},
+        {"prompt": "a blue square", "seed": 3, "negative": "red"},
+        {"prompt": "", "images": ["two.png"], "id": "again"},
+        {"prompt": "a star", "images": ["one.png", "two.png"], "width": 24, "seed": 9},
+    )
+
+
+def test_a_picture_is_the_same_in_any_company(release, tmp_path):
+    """One batch of all, one picture at once, shards; and each line alone from the command line."""
+    lines = mixed(tmp_path)
+    whole = drawn(release, tmp_path / "whole", "--prompts", lines)
+    drawn(release, tmp_path / "single", "--prompts", lines, "--batch-size", "1")
+    for part in range(3):
+        drawn(release, tmp_path / "shards", "--prompts", lines, "--shard", f"{part}/3", "--batch-size", "2")
+    assert [picture.text["seed"] for picture in whole.values()] == ["0", "1", "2", "3", "4", "9"]
+    assert [picture.size for picture in whole.values()] == [(16, 16)] * 2 + [(16, 24)] + [(16, 16)] * 2 + [(24, 16)]
+    assert whole["00004.png"].text["id"] == "again"
+    for folder in ("single", "shards"):
+        other = pictures_in(tmp_path / folder)
+        assert list(other) == list(whole)
+        assert all(other[name].tobytes() == picture.tobytes() for name, picture in whole.items())
+        assert all(other[name].text == picture.text for name, picture in whole.items())
+    alone = {
+        "00001.png": ["a red circle", "--seed", "1"],
+        "00002.png": ["a star", "--image", "one.png", "--seed", "2", "--height", "24"],
+        "00003.png": ["a blue square", "--seed", "3", "--negative", "red"],
+        "00004.png": ["--image", "two.png", "--seed", "4"],
+        "00005.png": ["a star", "--image", "one.png", "--image", "two.png", "--seed", "9", "--width", "24"],
+    }
+    for name, arguments in alone.items():
+        given = [str(tmp_path / word) if word.endswith("png") else word for word in arguments]
+        one = drawn(release, tmp_path / f"alone-{name}", *given)["00000.png"]
+        assert one.tobytes() == whole[name].tobytes()
+
+
+def test_it_goes_on_and_refuses_what_was_drawn_otherwise(release, tmp_path, capsys):
+    lines, out = mixed(tmp_path), tmp_path / "out"
+    whole = {name: picture.tobytes() for name, picture in drawn(release, out, "--prompts", lines).items()}
+    (out / "00003.png").unlink()
+    before = (out / "00000.png").stat().st_mtime_ns
+    again = drawn(release, out, "--prompts", lines)
+    assert "6 pictures in" in (told := capsys.readouterr().out)
+    assert "5 of them there before" in told
+    assert (out / "00000.png").stat().st_mtime_ns == before
+    assert {name: picture.tobytes() for name, picture in again.items()} == whole
+    tiny.image((20, 16), seed=8).save(tmp_path / "two.png")  # a source that is another picture by now
+    for more, words in [
+        ([], "images: it has"),
+        (["--guidance", "2"], "guidance: it has '3.0', asked for is '2.0'"),
+        (["--seed", "1"], "seed: it has '0', asked for is '1'"),
+    ]:
+        arguments = ["--release", str(release), "--out", str(out), "--steps", "2", "--prompts", lines, *more]
+        assert run(generate.main, arguments) == 2
+        assert f"was drawn with other settings; remove it, or name another folder ({words}" in capsys.readouterr().err
+    (out / "00000.png").write_bytes(b"no picture")
+    assert run(generate.main, ["--release", str(release), "--out", str(out), "--steps", "2", "--prompts", lines]) == 2
+    assert "00000.png is no picture; remove it" in capsys.readouterr().err
+
+
+def test_prompts_name_no_paths(release, tmp_path):
+    line = {"prompt": "../../a red/circle", "id": "../b"}
+    pictures = drawn(release, tmp_path / "deep" / "out", "--prompts", asked(tmp_path / "list.jsonl", line))
+    assert pictures["00000.png"].text["id"] == "../b"
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["00000.png", "list.jsonl"]
+
+
+def test_a_line_that_is_wrong_is_named(release, tmp_path, capsys):
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a"')
+    for line, words in [
+        ({"prompts": "a"}, "line 2: unknown key prompts; did you mean prompt?"),
+        ({"prompt": "a", "n": 0}, "line 2: n 0 is too small"),
+        ({"prompt": "a", "seed": -1}, "line 2: seed -1 cannot be counted up from"),
+        ({"prompt": "a", "height": -8}, "line 2: height -8 is no size"),
+        ({"prompt": "a", "width": 15}, "multiples of 2"),
+        ({"prompt": "a", "images": "one.png"}, "line 2: images"),
+        ({"prompt": "a", "images": ["absent.png"]}, "absent.png is not a file"),
+        ({"prompt": ""}, "line 2 asks for nothing"),
+        (["a"], "line 2"),
+    ]:
+        path = asked(tmp_path / "list.jsonl", {"prompt": "a star"}, line)
+        assert words in refusal(capsys, release, tmp_path / "out", "--prompts", path)
+    assert "line 2 is no JSON object" in refusal(
+        capsys, release, tmp_path / "out", "--prompts", str(tmp_path / "broken.jsonl")
+    )
+
+
 def test_a_release_that_lost_its_weights_is_refused(tmp_path, capsys):
     release = releases.release(tmp_path)
     weights = release / "model.safetensors"
@@ -128,7 +231,7 @@ def test_the_module_exits_with_two(tmp_path, monkeypatch, capsys):
     assert "is no release" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "evaluate"])
+@pytest.mark.parametrize("command", ["generate", "chat", "evaluate", "layouts", "classes"])
 def test_help_comes_without_torch(command):
     code = f"""import sys
 from sample import {command}

@@ -6,7 +6,7 @@ from PIL import Image
 from rich.console import Console
 
 from sample.grid import RIGHT, WRONG, Cell, Row, sheet, table
-from sample.measures import Measure, read_json, share, show, write_json
+from sample.measures import Measure, read_json, read_protocol, share, show, write_json
 
 
 def test_wilson_solves_the_equation_it_stands_for():
@@ -33,6 +33,14 @@ def test_json_round_trip_has_the_five_fields(tmp_path):
     assert read_json(tmp_path / "new" / "m.json") == measures
     raw = json.loads((tmp_path / "new" / "m.json").read_text())
     assert list(raw["generation.colour"]) == ["value", "low", "high", "n", "unit"]
+
+
+def test_how_it_was_measured_stands_beside_and_old_files_are_read(tmp_path):
+    measures, told = {"generation.colour": share(19, 20)}, {"evaluation": "world", "sha256": {"release": "0c"}}
+    write_json(tmp_path / "new.json", measures, told)
+    write_json(tmp_path / "old.json", measures)
+    assert read_json(tmp_path / "new.json") == read_json(tmp_path / "old.json") == measures
+    assert (read_protocol(tmp_path / "new.json"), read_protocol(tmp_path / "old.json")) == (told, {})
 
 
 @pytest.mark.parametrize(
