@@ -62,8 +62,11 @@ class FrozenMLLM:
     @property
     def device(self) -> torch.device:
         """Where it computes; accelerate may keep its weights elsewhere until then."""
-        hook = getattr(self.model, "_hf_hook", None)
-        return self.model.device if hook is None else torch.device(hook.execution_device)
+        if not hasattr(self.model, "_hf_hook"):
+            return self.model.device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.model.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((device for device in devices if device is not None), self.model.device))
 
     def to(self, device: torch.device | str) -> "FrozenMLLM":
         """Move in place; returns itself."""

@@ -81,7 +81,7 @@ class _Coat(DiffusionPipeline):
         except ImportError as error:
             raise ValueError(f"{folder} cannot be loaded so: {str(error).strip().splitlines()[0]}") from error
         for name, part in pipe.components.items():
-            if isinstance(part, nn.Module) and name not in options:
+            if isinstance(part, nn.Module) and name not in options and "device_map" not in options:
                 _whole(folder / name, part)
         return pipe
 
@@ -395,7 +395,7 @@ def _known_libraries(folder: Path, index: Mapping[str, Any]) -> None:
 
 def _whole(folder: Path, part: Any) -> None:
     """ValueError where the files of a component lack weights: libraries fill those with random numbers and go on."""
-    if getattr(part, "is_quantized", False) or any(value.is_meta for value in part.parameters()):
+    if getattr(part, "is_quantized", False):
         return  # held otherwise than in the files
     held: dict[str, int] = {}  # numbers of each tensor
     for path in sorted(folder.glob("*.safetensors")):
@@ -404,9 +404,10 @@ def _whole(folder: Path, part: Any) -> None:
                 held |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read ({error}); copy it again") from error
-    needed = {value.data_ptr(): (name, value.numel()) for name, value in reversed(part.state_dict().items())}  # tied: once
-    absent = sorted(name for name, _ in needed.values() if name not in held)
-    if absent and sum(held.values()) < sum(count for _, count in needed.values()):  # transformers may store other names
+    tensors = part.state_dict()
+    absent = sorted(name for name in tensors if name not in held)
+    once = {value.data_ptr() or name: value.numel() for name, value in tensors.items()}  # tied ones share their data
+    if absent and sum(held.values()) < sum(once.values()):  # transformers may store them by other names
         raise ValueError(f"{folder} lacks weights, the first perhaps {absent[0]}; restore its files")
 
 
