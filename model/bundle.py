@@ -44,7 +44,8 @@ def of_this_machine(config: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name, path in paths.items()
-        if path.startswith((BESIDE, INSIDE)) or (locate(path) is not None and not (ROOT / path).resolve().is_relative_to(ROOT))
+        if path.startswith((BESIDE, INSIDE))
+        or (locate(path) is not None and not (ROOT / path).resolve().is_relative_to(ROOT))
     ]
 
 

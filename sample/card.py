@@ -11,6 +11,10 @@ from sample.measures import read_json as read_measures
 from sample.report import CONTROLS, section
 
 ABOUT, RUN, METRICS, MEASURES, PICTURE = "publication.json", "run.json", "metrics.jsonl", "measures", "sample.png"
+FORMAT, VERSION = "querybridge.publication", 1
+KINDS = {"metaquery": "MetaQueryPipeline", "labelled": "SiTPipeline"}
+"""What draws, and the class that diffusers loads it with."""
+LAYOUTS, DTYPES = ("small", "diffusers"), ("as_trained", "bf16")
 WEAKEST = 3  # shares that the limitations name
 TOLD = (
     "name",
@@ -31,9 +35,19 @@ TOLD = (
 """Settings of a run that its card tells, where the run has them."""
 
 
+def read_about(folder: Path) -> dict[str, Any]:
+    """What export says of a folder. ValueError where it was not export that wrote it."""
+    about = read_json(folder / ABOUT)
+    known = {"format": (FORMAT,), "version": (VERSION,), "kind": (*KINDS,), "layout": LAYOUTS, "dtype": DTYPES}
+    for key, values in known.items():
+        if not isinstance(about, dict) or about.get(key) not in values:
+            raise ValueError(f"{folder / ABOUT}: {key} is none of {', '.join(map(str, values))}; export the release again")
+    return about
+
+
 def card(folder: Path) -> str:
     """The whole README.md. ValueError where publication.json is missing or no measures are in a file of measures."""
-    about = read_json(folder / ABOUT)
+    about = read_about(folder)
     parts = (
         _front(about),
         _head(about),
@@ -64,7 +78,7 @@ def _head(about: Mapping[str, Any]) -> str:
     picture = about["picture"]
     return (
         f"# {about['name']}\n\n{what[about['kind']]}\n\n![{picture['asked']}]({PICTURE})\n\n"
-        f"*{picture['asked']}*: seed {picture['seed']}, {picture['steps']} steps, as `python -m sample.publish check` draws it.\n"
+        f"*{picture['asked']}*: seed {picture['seed']}, {picture['steps']} steps, as `sample.publish check` draws it.\n"
     )
 
 
@@ -76,8 +90,8 @@ def _loading(about: Mapping[str, Any]) -> str:
         dtype = ", dtype=torch.bfloat16" if about["dtype"] == "bf16" else ""
         lines = [
             *(["import torch"] if dtype else []),
-            f"from sample.diffusers_pipeline import {about['class']}  # pip install querybridge, from its repository",
-            f'pipe = {about["class"]}.from_pretrained("."{dtype})',
+            f"from sample.diffusers_pipeline import {KINDS[kind]}  # of querybridge, which has to be installed",
+            f'pipe = {KINDS[kind]}.from_pretrained("."{dtype})',
             f"{call}.images[0].save('picture.png')",
         ]
         return "## How to load\n\n```python\n" + "\n".join(lines) + "\n```\n"
@@ -97,9 +111,9 @@ def _contents(about: Mapping[str, Any]) -> str:
         f"Trained: {about['trained']['parameters']:,} parameters in {about['trained']['tensors']} tensors.",
     ]
     if about["base"]:
-        lines += ["", "| frozen part | from | revision | sha256 of its tensors | here |", "|---|---|---|---|---|"]
+        lines += ["", "| frozen part | from | revision | sha256 of its tensors | inside |", "|---|---|---|---|---|"]
         lines += [
-            f"| {name} | {part['path']} | {part['revision'] or ''} | `{part['sha256']}` | {'yes' if part['here'] else 'no'} |"
+            f"| {name} | {part['path']} | {part['revision'] or ''} | `{part['sha256']}` | {'yes' * part['here'] or 'no'} |"
             for name, part in about["base"].items()
         ]
     return "\n".join(lines) + "\n"

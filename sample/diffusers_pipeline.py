@@ -75,7 +75,8 @@ class _Coat(DiffusionPipeline):
             kept = ("cache_dir", "force_download", "local_files_only", "token", "revision", "variant", "use_safetensors")
             asked = {name: options[name] for name in kept if name in options}
             folder = Path(cls.download(pretrained_model_name_or_path, **asked))
-        _known_libraries(folder, cls.load_config(folder))
+        index: Any = cls.load_config(folder)
+        _known_libraries(folder, index)
         try:
             pipe = super().from_pretrained(folder, **options)
         except ImportError as error:
@@ -117,7 +118,7 @@ class _Coat(DiffusionPipeline):
         self._interrupt, self._steps, self._made = False, 0, None
 
     def _solver(self) -> SolverName:
-        """What the scheduler's class asks for. ValueError where it is unknown, or its schedule is not the one trained with."""
+        """What the scheduler's class asks for. ValueError where it is unknown, or its schedule is not the weights' own."""
         name = type(self.scheduler).__name__
         if name not in SOLVER_OF:
             raise ValueError(f"scheduler: {name} names no solver here; choose one of {', '.join(SOLVER_OF)}")
@@ -127,6 +128,10 @@ class _Coat(DiffusionPipeline):
                 "from scheduler.config with the same shift or betas"
             )
         return SOLVER_OF[name]
+
+    def _bar(self, steps: int) -> Any:
+        self._steps = steps
+        return self.progress_bar(total=steps)  # pyright: ignore
 
     def _after(self, bar: Any, callback: Callback | None, inputs: Sequence[str]) -> After:
         if unknown := sorted({*inputs} - {*self._callback_tensor_inputs}):
@@ -250,9 +255,8 @@ class MetaQueryPipeline(_Coat):
         guidance = Guidance(guidance_scale, image_guidance_scale, *guidance_interval, guidance_rescale)
         drawing = Drawing(num_inference_steps, guidance, negative_prompt or "", self._solver(), height or 0, width or 0)
         painter = self._painter()
-        with self.progress_bar(total=num_inference_steps) as bar:
+        with self._bar(num_inference_steps) as bar:
             after = self._after(bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
-            self._steps = num_inference_steps
             drawn = painter.latents(asked, _generators(generator, len(asked)), drawing, after=after, start=latents)
         return self._given(drawn, painter.model.vae, output_type, return_dict)
 
@@ -328,9 +332,8 @@ class SiTPipeline(_Coat):
         told = torch.tensor(words, device=device).view(-1, 1, 1), torch.zeros(len(words), 1, 3, device=device)
         fresh = noise_from(_generators(generator, len(words)), decoder.latent_shape, device)
         guidance = Guidance(guidance_scale, 1.0, *guidance_interval, guidance_rescale)
-        with self.progress_bar(total=num_inference_steps) as bar:
+        with self._bar(num_inference_steps) as bar:
             after = self._after(bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
-            self._steps = num_inference_steps
             start = fresh() if latents is None else latents
             drawn = decoder.latents(told, start, fresh, num_inference_steps, self._solver(), guidance, after)
         return self._given(drawn, decoder.vae, output_type, return_dict)
@@ -345,9 +348,7 @@ class SiTPipeline(_Coat):
 def scheduler_for(noise: NoiseConfig) -> DPMSolverMultistepScheduler:
     """A scheduler whose config says `noise`, and whose class asks for DPM-Solver++."""
     if isinstance(noise, FlowConfig):
-        return DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=noise.shift
-        )
+        return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=noise.shift)
     return DPMSolverMultistepScheduler(
         prediction_type="v_prediction" if noise.prediction == "v" else "epsilon",
         num_train_timesteps=noise.train_steps,
@@ -367,11 +368,14 @@ def quantized_mllm(kind: Literal["nf4", "int8", "int8wo"]) -> PipelineQuantizati
         from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
         from transformers import TorchAoConfig
 
-        return PipelineQuantizationConfig(quant_mapping={"mllm": TorchAoConfig(Int8WeightOnlyConfig())})
+        config: Any = TorchAoConfig(Int8WeightOnlyConfig())
+        return PipelineQuantizationConfig(quant_mapping={"mllm": config})
     from transformers import BitsAndBytesConfig
 
-    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-    settings = BitsAndBytesConfig(**(four if kind == "nf4" else {"load_in_8bit": True}))
+    how: dict[str, Any] = {"load_in_8bit": True}
+    if kind == "nf4":
+        how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    settings: Any = BitsAndBytesConfig(**how)
     return PipelineQuantizationConfig(quant_mapping={"mllm": settings})
 
 

@@ -114,15 +114,15 @@ def export(args: Export) -> None:
         ValueError: the release is none, a part of it is missing or only on this machine, or `out` holds something.
     """
     from model.files import check_new, publish, write_json
-    from sample.card import ABOUT, PICTURE
+    from sample.card import ABOUT, FORMAT, PICTURE, VERSION
 
     check_new(args.out)
     kind = _kind(args.release)
     with publish(args.out) as draft:
         about = _metaquery(args, draft) if kind == "metaquery" else _labelled(args, draft)
         about |= {
-            "format": "querybridge.publication",
-            "version": 1,
+            "format": FORMAT,
+            "version": VERSION,
             "name": args.out.name,
             "kind": kind,
             "layout": args.layout,
@@ -165,42 +165,48 @@ def check(folder: Path) -> list[str]:
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    from model.files import read_json
-    from sample.card import ABOUT, PICTURE
-
     problems = [problem for _, problem in _verify(folder)]
     if problems:
         return problems
     try:
-        wanted = read_json(folder / ABOUT)["picture"]
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            picture = fresh.submit(redraw, folder.resolve()).result()
+            return compare(folder, fresh.submit(redraw, folder.resolve()).result())
     except (ValueError, OSError) as error:
         return [f"{folder} cannot be loaded: {sentence(error)}"]
+
+
+def compare(folder: Path, picture: Image.Image) -> list[str]:
+    """What is wrong with a picture that was drawn from a published folder: nothing, or a sentence."""
+    from sample.card import PICTURE, read_about
+
+    wanted = read_about(folder)["picture"]
     if hashlib.sha256(picture.tobytes()).hexdigest() == wanted["sha256"]:
         return []
     off, here = _levels_apart(picture, folder / PICTURE), _made_by()
     changed = ", ".join(f"{name} {wanted[name]} then and {here[name]} now" for name in here if wanted[name] != here[name])
-    return [f"{folder} draws another picture than {PICTURE}, by up to {off} of 255 levels ({changed or 'on a like machine'})"]
+    where = changed or "on a like machine"
+    return [f"{folder} draws another picture than {PICTURE}, by up to {off} of 255 levels ({where})"]
 
 
 def redraw(folder: Path) -> Image.Image:
     """The picture that a published folder records, drawn from it alone, on the CPU."""
     import torch
+    from diffusers.utils import logging
 
     from data.transforms import to_pil
-    from model.files import read_json
     from sample import diffusers_pipeline
-    from sample.card import ABOUT
+    from sample.card import KINDS, read_about
     from sample.labelled import load_decoder
     from sample.pipeline import Pipeline
     from sample.settings import Drawing
 
-    about = read_json(folder / ABOUT)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # its bars would fill log files
+    about = read_about(folder)
     picture = about["picture"]
     if about["layout"] == "diffusers":
         options = {"dtype": torch.bfloat16} if about["dtype"] == "bf16" else {}
-        pipe: Any = getattr(diffusers_pipeline, about["class"]).from_pretrained(folder, **options)
+        pipe: Any = getattr(diffusers_pipeline, KINDS[about["kind"]]).from_pretrained(folder, **options)
         pipe.set_progress_bar_config(disable=True)
         generator = [torch.Generator().manual_seed(picture["seed"])]
         asked = picture["asked"] if about["kind"] == "metaquery" else 0
@@ -244,7 +250,6 @@ def _metaquery(args: Export, draft: Path) -> dict[str, Any]:
     if args.layout == "small" and args.dtype == "bf16":
         _halve(draft / "model.safetensors")
     return {
-        "class": "MetaQueryPipeline",
         "task": "text-to-image",
         "image_size": model.image_size,
         "max_text_tokens": model.mllm.builder.max_text_tokens,
@@ -272,7 +277,6 @@ def _labelled(args: Export, draft: Path) -> dict[str, Any]:
             _halve(path)
     parts = (decoder.sit, decoder.labels, decoder.vae.autoencoder)
     return {
-        "class": "SiTPipeline",
         "task": "unconditional-image-generation",
         "image_size": decoder.image_size,
         "trained": _count([tensor for part in parts for tensor in tensors_of(part).values()]),
@@ -282,9 +286,11 @@ def _labelled(args: Export, draft: Path) -> dict[str, Any]:
 
 def _save_pipeline(pipe: Any, args: Export, draft: Path) -> None:
     import torch
+    from torch import nn
 
-    if args.dtype == "bf16":
-        pipe.to(torch.bfloat16)
+    for part in pipe.components.values() if args.dtype == "bf16" else ():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, torch.bfloat16)  # diffusers' own `to` warns of what it does not do
     pipe.save_pretrained(draft)
     (draft / CODE).write_text(_code(type(pipe).__name__))
 
@@ -360,11 +366,11 @@ def _held(folder: Path) -> list[str]:
 
 def _verify(folder: Path) -> list[tuple[str, str]]:
     """What is wrong with the files of a folder: each name and a sentence."""
-    from model.files import read_json, sha256_of
-    from sample.card import ABOUT
+    from model.files import sha256_of
+    from sample.card import KINDS
 
-    if not (folder / SUMS).is_file() or not (folder / ABOUT).is_file():
-        raise ValueError(f"{folder} has no {SUMS} and {ABOUT}; name a folder that sample.publish export wrote")
+    if not (folder / SUMS).is_file():
+        raise ValueError(f"{folder} has no {SUMS}; name a folder that sample.publish export wrote")
     lines = [line.split("  ", 1) for line in (folder / SUMS).read_text().splitlines()]
     if not all(len(line) == 2 for line in lines):
         raise ValueError(f"{folder}/{SUMS} is damaged; copy it again")
@@ -379,7 +385,7 @@ def _verify(folder: Path) -> list[tuple[str, str]]:
             problems.append((name, f"{folder}/{name} is of a kind that is not published; remove it"))
         elif sha256_of(path) != told[name]:
             problems.append((name, f"{folder}/{name} is not the file that was published; copy it again"))
-        elif name == CODE and path.read_text() != _code(str(read_json(folder / ABOUT).get("class"))):
+        elif name == CODE and path.read_text() not in {_code(each) for each in KINDS.values()}:
             problems.append((name, f"{folder}/{name} is not the line that export writes; remove it"))
     return sorted(problems)
 

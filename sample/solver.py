@@ -12,10 +12,9 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from diffusers import (  # pyright: ignore[reportPrivateImportUsage]
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
-)
+
+# pyright: reportPrivateImportUsage=false
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from model.noise import FlowMatching, Noising
@@ -141,4 +140,3 @@ def _pair(predict: Predict, x: Tensor, t: Tensor, noising: Noising) -> tuple[Ten
     """(x0, eps) that the prediction at (x_t, t) stands for, float32."""
     prediction = predict(x, t)
     return noising.to_data(x, prediction, t), noising.to_noise(x, prediction, t)
-

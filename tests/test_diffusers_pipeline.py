@@ -1,21 +1,22 @@
-"""The coats for diffusers against what they cover: the same pictures, saved and loaded, watched, ended and kept elsewhere."""
+"""The coats for diffusers against what they cover: the same pictures, saved and loaded, watched, ended, offloaded."""
 
 import importlib.util
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 # pyright: reportPrivateImportUsage=false
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LMSDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, LMSDiscreteScheduler, UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
 
 from data.told import ClassesTold
 from model.noise import DiffusionConfig, FlowConfig, build_noising, noise
 from model.store import load
-from sample.diffusers_pipeline import MetaQueryPipeline, SiTPipeline, quantized_mllm, scheduler_for
+from sample.diffusers_pipeline import MetaQueryPipeline, SiTPipeline, quantized_mllm
 from sample.labelled import START, load_decoder
 from sample.pipeline import Asked, Pipeline
 from sample.settings import Drawing, Guidance
@@ -145,7 +146,7 @@ def test_a_scheduler_with_another_schedule_is_refused(pipe):
         drawn(pipe)
 
 
-@pytest.mark.parametrize("config", [FlowConfig(shift=3.0), DiffusionConfig("v"), DiffusionConfig("epsilon", 500, 1e-3, 2e-2)])
+@pytest.mark.parametrize("config", [DiffusionConfig("v"), DiffusionConfig("epsilon", 500, 1e-3, 2e-2)])
 def test_a_schedule_survives_its_scheduler(tmp_path, config):
     pipe = MetaQueryPipeline.of(releases.model(tmp_path, noise=config))
     pipe.save_pretrained(tmp_path / "saved")
@@ -275,7 +276,7 @@ def test_a_labelled_decoder_draws_what_ours_draws(classes, tmp_path):
     told = torch.tensor([1, 3]).view(2, 1, 1), torch.zeros(2, 1, 3)
     expected = decoder.draw(told, SEEDS, STEPS, guidance=Guidance(2.0)) / 2 + 0.5
     begin = noise(torch.tensor(SEEDS), START, decoder.latent_shape)
-    settings = dict(num_inference_steps=STEPS, guidance_scale=2.0, output_type="pt")
+    settings: Any = dict(num_inference_steps=STEPS, guidance_scale=2.0, output_type="pt")
     assert torch.equal(pipe([0, 2], latents=begin, **settings).images, expected)
     both = pipe([0, None], generator=seeded(*SEEDS), **settings).images
     assert (pipe(0, generator=seeded(SEEDS[0]), **settings).images[0] - both[0]).abs().max() < 1e-5
@@ -285,7 +286,5 @@ def test_a_labelled_decoder_draws_what_ours_draws(classes, tmp_path):
 
 
 def test_schedulers_of_diffusers_load_what_is_saved(saved):
-    scheduler = UniPCMultistepScheduler.from_pretrained(saved, subfolder="scheduler")
+    scheduler: Any = UniPCMultistepScheduler.from_pretrained(saved, subfolder="scheduler")
     assert scheduler.config.flow_shift == 2.0
-    assert scheduler_for(FlowConfig(shift=2.0)).config.flow_shift == 2.0
-    assert DiffusionPipeline.load_config(saved)["_class_name"] == "MetaQueryPipeline"
