@@ -4,6 +4,7 @@ A decoder is named by its pipeline, a folder in diffusers' layout or a hub id: `
 its scheduler which noise it knows. Letters: B batch, L conditioning tokens, C conditioning width, c h w latent channels,
 height, width."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -165,16 +166,29 @@ def load_diffusers_decoder(
     return family(config, model, noise or scheduler_noise(source))
 
 
+def adopt_network(model: Any, noise: NoiseConfig) -> DiffusersDecoder:
+    """The decoder over a network of diffusers that is loaded already. ValueError for a class we do not know."""
+    name = type(model).__name__
+    if name not in _FAMILIES:
+        raise ValueError(f"transformer: a {name} is no decoder here; supported are {', '.join(_FAMILIES)}")
+    return _FAMILIES[name][0](DiffusersDecoderConfig("transformer"), model, noise)
+
+
 def scheduler_noise(source: Source) -> NoiseConfig:
     """The noise that a pipeline's scheduler stands for: what its network was trained with, and is sampled with.
 
-    The shift of times is read under whichever name the scheduler has for it: diffusers drops `flow_shift` in silence where a
-    scheduler of another class is made from the same file. Raises ValueError for a schedule that is not one of ours."""
-    scheduler = fetched(source, FlowMatchEulerDiscreteScheduler.load_config, subfolder="scheduler")
-    name, path = scheduler["_class_name"], source.path
-    own = "give noise a schedule of its own"
+    Raises ValueError for a schedule that is not one of ours."""
+    config = fetched(source, FlowMatchEulerDiscreteScheduler.load_config, subfolder="scheduler")
+    return noise_of(config["_class_name"], config, f"{source.field} {source.path!r}", "give noise a schedule of its own")
+
+
+def noise_of(name: str, scheduler: Mapping[str, Any], whose: str, own: str) -> NoiseConfig:
+    """What the config of a scheduler of class `name` stands for; `own` is the remedy where it is not one of ours.
+
+    The shift of times is read under whichever name the class has for it: diffusers drops `flow_shift` in silence where a
+    scheduler of another class is made from the same file."""
     if scheduler.get("use_dynamic_shifting"):
-        raise ValueError(f"{source.field} {path!r}: its {name} shifts times by the picture's size; {own}")
+        raise ValueError(f"{whose}: its {name} shifts times by the picture's size; {own}")
     if name.startswith("FlowMatch"):
         return FlowConfig(shift=scheduler.get("shift", 1.0))
     if scheduler.get("prediction_type") == "flow_prediction":
@@ -182,7 +196,7 @@ def scheduler_noise(source: Source) -> NoiseConfig:
     predictions: dict[Any, Literal["epsilon", "v"]] = {"epsilon": "epsilon", "v_prediction": "v"}
     prediction = predictions.get(scheduler.get("prediction_type", "epsilon"))
     if prediction is None or scheduler.get("beta_schedule") != "scaled_linear" or scheduler.get("rescale_betas_zero_snr"):
-        raise ValueError(f"{source.field} {path!r}: its {name} is neither a flow nor Stable Diffusion's betas; {own}")
+        raise ValueError(f"{whose}: its {name} is neither a flow nor Stable Diffusion's betas; {own}")
     return DiffusionConfig(
         prediction=prediction,
         train_steps=scheduler["num_train_timesteps"],

@@ -63,7 +63,12 @@ class FrozenMLLM:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where it computes; accelerate may keep its weights elsewhere until then."""
+        if not hasattr(self.model, "_hf_hook"):
+            return self.model.device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.model.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((device for device in devices if device is not None), self.model.device))
 
     def to(self, device: torch.device | str) -> "FrozenMLLM":
         """Move in place; returns itself."""
@@ -167,6 +172,7 @@ class FrozenMLLM:
         return prefix.arguments()
 
     def _prefill(self, prefix: Prefix) -> Prefilled:
+        self._fetch()
         head = self._head(prefix)
         if head is None:
             return self._extend(None, prefix)
@@ -220,6 +226,7 @@ class FrozenMLLM:
 
     def _continue(self, known: Prefilled, cache: DynamicCache, embeds: Tensor, positions: Tensor) -> Tensor:
         """States [B, Q, D] of embeds [B, Q, D] at positions [B, Q] that follow what `cache` holds."""
+        self._fetch()
         mask = None
         if known.padded:
             seen = cache.get_seq_length() - known.mask.shape[1] + embeds.shape[1]  # tokens after the prefix
@@ -233,6 +240,12 @@ class FrozenMLLM:
                 **_growing(decoder, cache),
             )
         return out.last_hidden_state
+
+    def _fetch(self) -> None:
+        """Weights that accelerate keeps elsewhere come when `forward` is called, which it never is here."""
+        hook = getattr(self.model, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self.model)
 
     def _on_axes(self, positions: Tensor) -> Tensor:
         """Positions [B, Q] of text as this model takes them: the same on every axis."""

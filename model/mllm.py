@@ -5,7 +5,7 @@ transformers' processor gives image tensors that can be joined on their first ax
 model/families.py. tests/test_families.py holds it against transformers' own class, once tests/tiny_families.py makes one."""
 
 from contextlib import nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig
@@ -48,6 +48,19 @@ def outline(config: MLLMConfig) -> FrozenMLLM:
     family = _family(config)
     model = family.model_class.from_config(from_pretrained(AutoConfig, config), dtype=getattr(torch, config.dtype))
     return family(config, model, cast(PrefixBuilder, NoBuilder))
+
+
+def adopt(model: Any, tokenizer: Any, image_processor: Any | None) -> FrozenMLLM:
+    """A model of transformers that is loaded already, with what makes its prefixes, frozen. ValueError for a family whose
+    image processor alone does not make them."""
+    kind = model.config.model_type
+    family, config = _FAMILIES.get(kind), MLLMConfig(model.name_or_path or kind)
+    if family is TextLLM:
+        return TextLLM(config, model, PrefixBuilder(tokenizer, images=None))
+    if family is None or not issubclass(family, Qwen2_5_VL) or image_processor is None:
+        whole = [name for name, each in _FAMILIES.items() if issubclass(each, Qwen2_5_VL | TextLLM)]
+        raise ValueError(f"mllm: a {kind} cannot be put together from parts; {', '.join(whole)} can, with all their parts")
+    return family(config, model, family.builder_of(tokenizer, image_processor, model.config))
 
 
 class NoBuilder:

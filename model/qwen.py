@@ -30,9 +30,15 @@ class Qwen2_5_VL(FrozenMLLM):
     @classmethod
     def make_builder(cls, config: MLLMConfig) -> PrefixBuilder:
         """Tokenizer, image processor and positions of the model that `config` names."""
-        tokenizer = from_pretrained(AutoTokenizer, config)
-        positions = QwenPositions(cls.base_class, from_pretrained(AutoConfig, config))
-        return PrefixBuilder(tokenizer, QwenImages(tokenizer, _processor(config)), positions, chat_template(config))
+        parts = from_pretrained(AutoTokenizer, config), _processor(config), from_pretrained(AutoConfig, config)
+        return cls.builder_of(*parts, template=chat_template(config))
+
+    @classmethod
+    def builder_of(cls, tokenizer: Any, processor: Any, model_config: Any, template: str | None = None) -> PrefixBuilder:
+        """The same of parts that are there; `template` None: the tokenizer's own."""
+        return PrefixBuilder(
+            tokenizer, QwenImages(tokenizer, processor), QwenPositions(cls.base_class, model_config), template
+        )
 
     def arguments(self, prefix: Prefix) -> dict[str, Tensor]:
         """Neighbouring images of one size as frames of one: no layer of the vision tower looks from frame to frame, and a

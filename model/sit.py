@@ -116,7 +116,7 @@ class SiT(nn.Module):
             condition = self.embed_condition(condition)  # [B, L, D]
             condition = condition + self.condition_position[: condition.shape[1]]
         time = self.embed_time(t) + masked_mean(condition, condition_mask)  # [B, D]
-        x = self.embed(patchify(x_t.to(dtype), self.config.patch)) + self._positions(x_t)  # [B, N, D]
+        x = self.embed(patchify(x_t.to(dtype), self.config.patch)) + self._positions(x_t).to(dtype)  # [B, N, D]
         context, tokens, mask = condition, x.shape[1], _attention_mask(condition_mask, 0)  # mask [B, 1, 1, L]
         if self.config.conditioning == "modulation":
             context = mask = None

@@ -25,8 +25,8 @@ from model.files import (
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 
 FORMAT, VERSION = "querybridge.metaquery", 1
-BESIDE = "../"
-"""What the path of a part starts with that lies beside the release folder, and moves with it."""
+BESIDE, INSIDE = "../", "./"
+"""What the path of a part starts with that lies beside the release folder, or in it, and moves with it."""
 
 
 def save(folder: Path, model: MetaQuery, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -103,12 +103,12 @@ def _verify(recorded: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]
 def _portable(config: MetaQueryConfig) -> MetaQueryConfig:
     """The config with paths that move with the code."""
 
-    return _each_path(config, lambda path: path if path.startswith(BESIDE) else portable(path))
+    return _each_path(config, lambda path: path if path.startswith((BESIDE, INSIDE)) else portable(path))
 
 
 def _found_from(folder: Path, config: MetaQueryConfig) -> MetaQueryConfig:
     """The config whose parts beside the release are named by where they lie now."""
-    return _each_path(config, lambda path: str((folder / path).resolve()) if path.startswith(BESIDE) else path)
+    return _each_path(config, lambda path: str((folder / path).resolve()) if path.startswith((BESIDE, INSIDE)) else path)
 
 
 def _each_path(config: MetaQueryConfig, change: Callable[[str], str]) -> MetaQueryConfig:

@@ -96,7 +96,8 @@ class LatentVAE:
 
     def raw(self, latents: Tensor) -> Tensor:
         """Latents [B, c, h, w] of unit variance -> those that the autoencoder itself speaks of."""
-        return latents.float() * self._std + self._mean
+        latents = latents.float()
+        return latents * self._std.to(latents.device) + self._mean.to(latents.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

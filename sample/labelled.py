@@ -17,8 +17,9 @@ from model.noise import FlowConfig, Noising, build_noising, noise
 from model.sit import SiT
 from model.vae import LatentVAE, VAEConfig, load_vae
 from sample.guidance import Branch, guided
+from sample.pipeline import noise_from
 from sample.settings import Guidance, SolverName
-from sample.solver import solve
+from sample.solver import After, Fresh, solve
 
 NOISE_FILE = "noise.json"
 START = 1  # the stream of addressed noise in which a picture's seed names where it starts
@@ -65,18 +66,26 @@ class LabelledDecoder:
     ) -> Tensor:
         """One picture for each row of labels and its seed: pixels [B, 3, H, W] in [-1, 1]. Guidance steers away from labels
         that say nothing."""
-        device = told[0].device
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        fresh = noise_from([torch.Generator().manual_seed(seed) for seed in seeds], self.latent_shape, told[0].device)
+        start = noise(torch.tensor(seeds), START, self.latent_shape)
+        return self.vae.decode(self.latents(told, start, fresh, steps, solver, guidance))
 
-        def fresh() -> Tensor:
-            return torch.stack([torch.randn(self.latent_shape, generator=each) for each in generators]).to(device)
-
-        start = noise(torch.tensor(seeds), START, self.latent_shape).to(device)
-
+    @torch.no_grad()
+    def latents(
+        self,
+        told: Told,
+        start: Tensor,
+        fresh: Fresh,
+        steps: int,
+        solver: SolverName = "dpm++",
+        guidance: Guidance = Guidance(1.0),
+        after: After | None = None,
+    ) -> Tensor:
+        """The same from given noise `start` [B, c, h, w], before decoding: latents of unit variance."""
         silence = torch.full_like(told[0], UNKNOWN), told[1]
         branches = [Branch(1 - guidance.text, self.labels(*silence)), Branch(guidance.text, self.labels(*told))]
         predict = guided(lambda x, t, condition: self.sit(x, t, condition).prediction, branches, guidance)
-        return self.vae.decode(solve(predict, start, steps, self.noising, solver, fresh))
+        return solve(predict, start.to(told[0].device), steps, self.noising, solver, fresh, after)
 
 
 def load_decoder(release: Path) -> LabelledDecoder:

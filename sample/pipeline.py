@@ -25,7 +25,7 @@ from model.metaquery import MetaQuery
 from model.store import load
 from sample.guidance import Branch, Predict, guided
 from sample.settings import Drawing, Guidance
-from sample.solver import solve
+from sample.solver import After, Fresh, solve
 
 Pictures = tuple[Image.Image, ...]
 REMEMBERED = 64  # conditions kept between calls; at 256 queries of width 2304 each takes 2.4 MB
@@ -99,16 +99,30 @@ class Pipeline:
         if not asked or len(asked) != len(seeds):
             raise ValueError("draw: give as many seeds as pictures are asked for, at least one")
         whole = [Asked(each) if isinstance(each, str) else each for each in asked]
-        model, generators = self.model, [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return self.decode(self.latents(whole, generators, drawing, watch))
+
+    @torch.no_grad()
+    def latents(
+        self,
+        asked: Sequence[Asked],
+        generators: Sequence[torch.Generator],
+        drawing: Drawing = Drawing(),
+        watch: Watch | None = None,
+        after: After | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """As `draw`, before decoding: latents [B, c, h, w] of unit variance. A generator for each picture makes its noise;
+        `start` [B, c, h, w] takes the place of the first."""
+        model = self.model
         shape = model.shape_of(drawing.height or model.image_size, drawing.width or model.image_size)  # (c, h, w)
-
-        def fresh() -> Tensor:
-            rows = [torch.randn(shape, generator=generator) for generator in generators]
-            return torch.stack(rows).to(model.mllm.device)  # [B, c, h, w]
-
-        predict = guided(model.decoder, self._branches(whole, drawing.guidance, drawing.negative), drawing.guidance)
+        fresh = noise_from(generators, shape, model.mllm.device)
+        begin = fresh() if start is None else start.to(model.mllm.device)
+        if begin.shape != (len(asked), *shape):
+            raise ValueError(f"latents: {tuple(begin.shape)} given, {(len(asked), *shape)} needed; give noise of that shape")
+        predict = guided(model.decoder, self._branches(asked, drawing.guidance, drawing.negative), drawing.guidance)
         predict = predict if watch is None else self._watched(predict, watch)
-        return self.decode(solve(predict, fresh(), drawing.steps, model.noising, drawing.solver, fresh))
+        return solve(predict, begin, drawing.steps, model.noising, drawing.solver, fresh, after)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, c, h, w] of unit variance -> pixels [B, 3, H, W] in [-1, 1]."""
@@ -143,7 +157,7 @@ class Pipeline:
             asked,
         )
         branches = [
-            Branch(weight, torch.cat([self._condition(each) for each in branch]))  # [B, Q, C]
+            Branch(weight, torch.cat([self.condition(each) for each in branch]))  # [B, Q, C]
             for weight, branch in zip(weights, told, strict=True)
             if weight != 0 or branch is asked
         ]
@@ -151,7 +165,8 @@ class Pipeline:
             self._conditions.popitem(last=False)  # the one not used for longest
         return branches
 
-    def _condition(self, asked: Asked) -> Tensor:
+    @torch.no_grad()
+    def condition(self, asked: Asked) -> Tensor:
         """What the decoder is told [1, Q, C]; the MLLM reads each distinct prompt once."""
         if asked.condition is not None:
             return asked.condition
@@ -161,6 +176,16 @@ class Pipeline:
             self._conditions[key] = self.model.condition(prefix)
         self._conditions.move_to_end(key)
         return self._conditions[key]
+
+
+def noise_from(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Fresh:
+    """Asked for, gaussian noise [B, *shape] on `device`: a row from each generator, made where it lives."""
+
+    def fresh() -> Tensor:
+        rows = [torch.randn(*shape, generator=each, device=each.device).to(device) for each in generators]
+        return torch.stack(rows)
+
+    return fresh
 
 
 def default_device() -> torch.device:

@@ -7,15 +7,14 @@ mix(x0, eps, s) - mix(x0, eps, t), which for flow matching is (s - t)(eps - x0),
 Shape letters: B batch, c h w latent channels, height, width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from diffusers import (  # pyright: ignore[reportPrivateImportUsage]
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
-)
+
+# pyright: reportPrivateImportUsage=false
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from model.noise import FlowMatching, Noising
@@ -24,12 +23,16 @@ from sample.settings import SolverName
 
 Fresh = Callable[[], Tensor]
 """New gaussian noise [B, c, h, w], asked for once per step by a stochastic solver."""
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t [B, c, h, w], t [B], the next time s [B]) -> x_s."""
+After = Callable[[int, Tensor, Tensor], Tensor | None]
+"""(step number from 0, its t [B], x [B, c, h, w] after it) -> the x to go on from; None ends the drawing at this x."""
 
 
 class Solver(Protocol):
-    """Noise [B, c, h, w] -> data [B, c, h, w], float32, in `steps` steps."""
+    """Makes what goes from one time to the next, for a drawing of `steps` steps."""
 
-    def __call__(self, predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: Fresh) -> Tensor: ...
+    def __call__(self, predict: Predict, noising: Noising, steps: int, fresh: Fresh) -> Step: ...
 
 
 @torch.no_grad()
@@ -40,8 +43,9 @@ def solve(
     noising: Noising,
     method: SolverName = "dpm++",
     fresh: Fresh | None = None,
+    after: After | None = None,
 ) -> Tensor:
-    """Noise [B, c, h, w] -> data. `fresh` feeds euler_maruyama; without it, torch's global generator does.
+    """Noise [B, c, h, w] -> data, float32. `fresh` feeds euler_maruyama; without it, torch's global generator does.
 
     Raises:
         ValueError: fewer than one step, or an unknown method.
@@ -50,67 +54,77 @@ def solve(
         raise ValueError(f"steps: {steps} is too few; take at least one")
     if method not in SOLVERS:
         raise ValueError(f"solver: {method!r} is unknown; choose one of {', '.join(SOLVERS)}")
-    return SOLVERS[method](predict, noise.float(), steps, noising, fresh or (lambda: torch.randn_like(noise)))
-
-
-def euler(predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: Fresh) -> Tensor:
-    """First order; for diffusion this is DDIM (Song et al. 2021, eq. 12 with sigma = 0)."""
-    x = noise
-    for t, s in _intervals(noising, steps, noise):
-        x = noising.mix(*_pair(predict, x, t, noising), s)
+    step = SOLVERS[method](predict, noising, steps, fresh or (lambda: torch.randn_like(noise)))
+    x = noise.float()
+    grid = noising.grid(steps).to(noise.device)  # [steps + 1]
+    for number, (t, s) in enumerate(pairwise(grid)):
+        x = step(x, t.expand(len(x)), s.expand(len(x)))
+        if after is not None:
+            changed = after(number, t.expand(len(x)), x)
+            if changed is None:
+                break
+            x = changed
     return x
 
 
-def heun(predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: Fresh) -> Tensor:
+def euler(predict: Predict, noising: Noising, steps: int, fresh: Fresh) -> Step:
+    """First order; for diffusion this is DDIM (Song et al. 2021, eq. 12 with sigma = 0)."""
+    return lambda x, t, s: noising.mix(*_pair(predict, x, t, noising), s)
+
+
+def heun(predict: Predict, noising: Noising, steps: int, fresh: Fresh) -> Step:
     """Second order: the mean of the steps at both ends (Karras et al. 2022, alg. 1); Euler for the last step."""
-    x = noise
-    for t, s in _intervals(noising, steps, noise):
+
+    def step(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         pair = _pair(predict, x, t, noising)
         ahead = noising.mix(*pair, s)  # x_s by Euler
-        if s[0] > 0:
-            later = _pair(predict, ahead, s, noising)
-            ahead = (ahead + x + noising.mix(*later, s) - noising.mix(*later, t)) / 2
-        x = ahead
-    return x
+        if s[0] == 0:
+            return ahead
+        later = _pair(predict, ahead, s, noising)
+        return (ahead + x + noising.mix(*later, s) - noising.mix(*later, t)) / 2
+
+    return step
 
 
-def euler_maruyama(predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: Fresh) -> Tensor:
+def euler_maruyama(predict: Predict, noising: Noising, steps: int, fresh: Fresh) -> Step:
     """The reverse SDE with diffusion w = 2 sigma(t), whose drift adds eps (SiT, Ma et al. 2024); no noise at the end."""
-    x = noise
-    for t, s in _intervals(noising, steps, noise):
+
+    def step(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         data, eps = _pair(predict, x, t, noising)
         x = noising.mix(data, eps, s)
-        if s[0] > 0:
-            _, sigma = noising.levels(t)
-            dt = (t - s)[0]  # > 0: how far towards the data
-            x = x - dt * eps + (2 * sigma[0] * dt).sqrt() * fresh().to(x)
-    return x
+        if s[0] == 0:
+            return x
+        _, sigma = noising.levels(t)
+        dt = (t - s)[0]  # > 0: how far towards the data
+        return x - dt * eps + (2 * sigma[0] * dt).sqrt() * fresh().to(x)
+
+    return step
 
 
-def dpm_plus_plus(predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: Fresh) -> Tensor:
+def dpm_plus_plus(predict: Predict, noising: Noising, steps: int, fresh: Fresh) -> Step:
     """DPM-Solver++ (2M) of diffusers (Lu et al. 2022)."""
-    return _multistep(DPMSolverMultistepScheduler, predict, noise, steps, noising)
+    return _multistep(DPMSolverMultistepScheduler, predict, noising, steps)
 
 
-def unipc(predict: Predict, noise: Tensor, steps: int, noising: Noising, fresh: Fresh) -> Tensor:
+def unipc(predict: Predict, noising: Noising, steps: int, fresh: Fresh) -> Step:
     """UniPC of diffusers (Zhao et al. 2023), of order 2: each step corrects the one before it by what it has seen since."""
-    return _multistep(UniPCMultistepScheduler, predict, noise, steps, noising)
+    return _multistep(UniPCMultistepScheduler, predict, noising, steps)
 
 
-def _multistep(kind: Any, predict: Predict, noise: Tensor, steps: int, noising: Noising) -> Tensor:
+def _multistep(kind: Any, predict: Predict, noising: Noising, steps: int) -> Step:
     """A scheduler of diffusers on our grid: its own would start at 0.999 instead of 1 and hand out times cut to integers."""
     flow = isinstance(noising, FlowMatching)
     scheduler = kind(prediction_type="sample", use_flow_sigmas=flow)
     scheduler.set_timesteps(steps)
     scheduler.set_begin_index(0)
-    grid = noising.grid(steps)  # [steps + 1]
-    alpha, sigma = noising.levels(grid)
+    alpha, sigma = noising.levels(noising.grid(steps))
     scheduler.sigmas = sigma if flow else sigma / alpha
-    x = noise
-    for t, _ in _intervals(noising, steps, noise):
+
+    def step(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         data, _ = _pair(predict, x, t, noising)
-        x = scheduler.step(data, 0, x, return_dict=False)[0]
-    return x
+        return scheduler.step(data, 0, x, return_dict=False)[0]
+
+    return step
 
 
 SOLVERS: dict[SolverName, Solver] = {
@@ -126,10 +140,3 @@ def _pair(predict: Predict, x: Tensor, t: Tensor, noising: Noising) -> tuple[Ten
     """(x0, eps) that the prediction at (x_t, t) stands for, float32."""
     prediction = predict(x, t)
     return noising.to_data(x, prediction, t), noising.to_noise(x, prediction, t)
-
-
-def _intervals(noising: Noising, steps: int, noise: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(t, next t), each [B] on the noise's device, from noise to data."""
-    grid = noising.grid(steps).to(noise.device)
-    for t, s in pairwise(grid):
-        yield t.expand(len(noise)), s.expand(len(noise))
