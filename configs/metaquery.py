@@ -87,8 +87,8 @@ def tell_all() -> Run:
 
     python -m train.run metaquery.tell_all --task.init runs/tell/release
 
-    One GPU and 16 CPU cores, some minutes; metrics.jsonl has the error of each kind. On a CPU (batches of 64), 16,600 samples
-    took that of edits from 0.36 to 0.14, when colours begin to be right and places do not yet; it takes several 100,000.
+    One GPU and 16 CPU cores, some minutes; metrics.jsonl has the error of each kind. On a CPU, 16,600 samples in batches of
+    64 took that of edits from 0.36 to 0.14: colours begin to be right then, and places take several 100,000 more.
     """
     run = tell()
     assert isinstance(run.task, TellTaskConfig)
