@@ -87,8 +87,8 @@ def tell_all() -> Run:
 
     python -m train.run metaquery.tell_all --task.init runs/tell/release
 
-    One GPU and 16 CPU cores, about four minutes; 2 CPU cores, hours (with --schedule.batch-size 64). The error of captions
-    stays where it was, that of edits falls below 0.05.
+    One GPU and 16 CPU cores, some minutes; metrics.jsonl has the error of each kind. On a CPU, 16,600 samples in batches of
+    64 took that of edits from 0.36 to 0.14: colours begin to be right then, and places take several 100,000 more.
     """
     run = tell()
     assert isinstance(run.task, TellTaskConfig)
@@ -97,7 +97,7 @@ def tell_all() -> Run:
         name="tell_all",
         task=replace(run.task, mix=Mix()),
         data=replace(run.data, dropout=Dropout(text=0.05, image=0.02, both=0.08), workers=16),
-        schedule=replace(run.schedule, steps=2000, batch_size=512, log_every=20),
+        schedule=replace(run.schedule, steps=4000, batch_size=256, log_every=20),
         optim=replace(run.optim, floor=0.01),
     )
 
