@@ -143,14 +143,11 @@ def settings(drawing: Drawing) -> dict[str, object]:
 
 def save(path: Path, picture: "Image.Image", about: dict[str, object]) -> None:
     """A PNG with `about` as its text chunks, whole or absent."""
-    from PIL.PngImagePlugin import PngInfo
-
     from model.files import write_whole
+    from sample.pictures import png
 
-    info = PngInfo()
-    for key, value in about.items():
-        info.add_text(key, str(value))
-    write_whole(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
+    data = png(picture, about)
+    write_whole(path, lambda temporary: temporary.write_bytes(data))
 
 
 if __name__ == "__main__":
