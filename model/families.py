@@ -1,37 +1,34 @@
 """Frozen MLLMs that are read through transformers' own processors: LLaVA-OneVision, Idefics3, SmolVLM and
 InternVL; and language models that see nothing."""
 
-from collections.abc import Sequence
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from model.frozen import FrozenMLLM, MLLMConfig
 from model.hub import assemble_processor, from_pretrained
-from model.prefix import Prefix, PrefixBuilder, Seen, join
+from model.prefix import Prefix, PrefixBuilder, Seen
 
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}  # what a processor says of text
 
 
 class ProcessorImages:
-    """Images through the processor that transformers has for the model, one at a time."""
+    """Images through the processor that transformers has for the model."""
 
     def __init__(self, processor: Any):
         self.processor = processor
         self.image_id: int = processor.image_token_id
 
-    def __call__(self, images: Sequence[Image.Image]) -> Seen:
+    def __call__(self, image: Image.Image, alone: bool) -> Seen:
         """See `ImageReader`."""
-        tokens, tensors = [], []
-        for image in images:
-            processed = self.processor(
-                text=[self.processor.image_token], images=[image], add_special_tokens=False, return_tensors="pt"
-            )
-            tokens.append(processed["input_ids"][0].tolist())
-            tensors.append(self.tensors({k: v for k, v in processed.items() if k not in _OF_TEXT}))
-        return Seen(tokens, join(tensors)[0])
+        processed = self.processor(
+            text=[self.processor.image_token], images=[image], add_special_tokens=False, return_tensors="pt"
+        )
+        tensors = self.tensors({k: v for k, v in processed.items() if k not in _OF_TEXT})
+        return Seen(processed["input_ids"][0].tolist(), tensors)
 
     def tensors(self, processed: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the processor says of one image -> tensors whose first axes can be joined."""
@@ -57,22 +54,32 @@ class ImageTextToText(FrozenMLLM):
 class LlavaOnevisionImages(ProcessorImages):
     """A conversation's only image is seen whole and in tiles; several are seen whole, padded to squares."""
 
-    def __call__(self, images: Sequence[Image.Image]) -> Seen:
+    def __call__(self, image: Image.Image, alone: bool) -> Seen:
         """See `ImageReader`."""
-        processed = self.processor.image_processor([list(images)], return_tensors="pt")
-        texts = [self.processor.replace_image_token(processed, number) for number in range(len(images))]
+        together = [image] if alone else [image, image]  # in company, whose looks do not matter
+        processed = self.processor.image_processor([together], return_tensors="pt")
+        tokens = self.processor.tokenizer.encode(self.processor.replace_image_token(processed, 0), add_special_tokens=False)
         tensors = {
-            "pixel_values": processed["pixel_values"].flatten(0, 1),  # [tiles of all images, 3, H, W]
-            "image_sizes": processed["image_sizes"],  # [images, 2]
-            "batch_num_images": processed["batch_num_images"],  # [1]: how many, in this conversation
+            "pixel_values": processed["pixel_values"][0],  # [tiles, 3, H, W]
+            "image_sizes": processed["image_sizes"][:1],  # [1, 2]
+            "batch_num_images": processed["batch_num_images"],  # [1]: 1 if alone, else 2; see `LlavaOnevision.arguments`
         }
-        return Seen([self.processor.tokenizer.encode(text, add_special_tokens=False) for text in texts], tensors)
+        return Seen(tokens, tensors)
 
 
 class LlavaOnevision(ImageTextToText):
     """LLaVA-OneVision (Li et al. 2024) of any size."""
 
     images_class = LlavaOnevisionImages
+
+    def arguments(self, prefix: Prefix) -> dict[str, Tensor]:
+        """The model wants for each conversation with images how many there are, and asks only whether it is one."""
+        given = prefix.arguments()
+        if prefix.images:
+            rows = prefix.images["batch_num_images"].split(prefix.image_splits["batch_num_images"])
+            counts = [torch.where(row[:1] == 1, 1, max(2, len(row))) for row in rows]
+            given["batch_num_images"] = torch.cat(counts)
+        return given
 
 
 class IdeficsImages(ProcessorImages):

@@ -8,7 +8,7 @@ or goes on from a cache, and its `lm_head` names the next token; what differs be
 import inspect
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
@@ -117,9 +117,18 @@ class FrozenMLLM:
         """Stream the answer to a prefix of one row in pieces of text; temperature 0 takes the likeliest token."""
         if prefix.batch_size != 1:
             raise ValueError(f"reply streams one conversation, not {prefix.batch_size}; use answers for a batch")
+        return (yield from self.speak(self.after(prefix), max_new_tokens, temperature, seed))
+
+    def after(self, prefix: Prefix | Prefilled) -> "Tail":
+        """Where tokens that are said will go; a Prefilled stays as it is."""
+        known = prefix if isinstance(prefix, Prefilled) else self.prefill(prefix)
+        return Tail(known, self._cache(known), [known.states[:, -1:]])
+
+    def speak(self, tail: "Tail", max_new_tokens: int, temperature: float, seed: int) -> Generator[str, None, Ended]:
+        """As `reply`; what was said is in the tail, also where nobody listens to the end."""
         ids: list[int] = []
         said, whole = "", False
-        for token in self._generate(prefix, max_new_tokens, temperature, seed):
+        for token in self._generate(tail, max_new_tokens, temperature, seed):
             if int(token) in self._ends:
                 whole = True
                 break
@@ -135,10 +144,17 @@ class FrozenMLLM:
 
     def answers(self, prefix: Prefix | Prefilled, max_new_tokens: int = 256) -> list[str]:
         """The likeliest answer of every row, whole."""
-        columns = list(self._generate(prefix, max_new_tokens, 0.0, 0))
+        columns = list(self._generate(self.after(prefix), max_new_tokens, 0.0, 0))
         rows = torch.stack(columns, dim=1).tolist()  # [B, tokens]
         kept = [row[: next((n for n, token in enumerate(row) if token in self._ends), len(row))] for row in rows]
         return [self._decode(row) for row in kept]
+
+    @torch.no_grad()
+    def extend(self, known: Prefilled, rest: Prefix) -> Prefilled:
+        """Read on: `known` holds the beginning of each row, and `rest` what follows, at its positions in the whole. `known`
+        stays as it is."""
+        self.prefills += 1
+        return self._extend(known, rest.to(self.device))
 
     @torch.no_grad()
     def logits(self, prefix: Prefix) -> Tensor:
@@ -156,21 +172,24 @@ class FrozenMLLM:
 
     def _prefill(self, prefix: Prefix) -> Prefilled:
         head = self._head(prefix)
-        rest = prefix if head is None else prefix.without_head()
-        given, cache = self.arguments(rest), self._cache()
-        if head is not None:
-            head = head.repeated(prefix.batch_size)
-            cache = self._cache(head)
-            if rest.padded:
-                given["attention_mask"] = torch.cat([head.mask, rest.mask], dim=1)
+        if head is None:
+            return self._extend(None, prefix)
+        return self._extend(head.repeated(prefix.batch_size), prefix.without_head())
+
+    def _extend(self, known: Prefilled | None, rest: Prefix) -> Prefilled:
+        given, cache, mask, padded = self.arguments(rest), self._cache(known), rest.mask, rest.padded
+        if known is not None:
+            mask, padded = torch.cat([known.mask, rest.mask], dim=1), known.padded or rest.padded
+            if padded:
+                given["attention_mask"] = mask
         with _own_dtype(self.device):
-            out = self.model.model(**given, **_growing(self.model.model, cache))
+            states = self.model.model(**given, **_growing(self.model.model, cache)).last_hidden_state
         return Prefilled(
-            layers=tuple((layer.keys, layer.values) for layer in cache.layers),
-            mask=rest.mask if head is None else torch.cat([head.mask, rest.mask], dim=1),
-            next_positions=_ends_at(prefix) + 1,
-            states=out.last_hidden_state if head is None else torch.cat([head.states, out.last_hidden_state], dim=1),
-            padded=rest.padded,
+            layers=_layers(cache),
+            mask=mask,
+            next_positions=_ends_at(rest) + 1,
+            states=states if known is None else torch.cat([known.states, states], dim=1),
+            padded=padded,
         )
 
     def _head(self, prefix: Prefix) -> Prefilled | None:
@@ -187,21 +206,21 @@ class FrozenMLLM:
         return self._heads[prefix.head]
 
     @torch.no_grad()
-    def _generate(self, prefix: Prefix | Prefilled, max_new_tokens: int, temperature: float, seed: int) -> Iterator[Tensor]:
-        """Token ids [B], one column at a time, until every row has ended; the cache of a Prefilled stays as it is."""
-        known = prefix if isinstance(prefix, Prefilled) else self.prefill(prefix)
-        cache, random = self._cache(known), torch.Generator().manual_seed(seed)
-        state, ended = known.states[:, -1:], torch.zeros(known.batch_size, dtype=torch.bool)
+    def _generate(self, tail: "Tail", max_new_tokens: int, temperature: float, seed: int) -> Iterator[Tensor]:
+        """Token ids [B], one column at a time, until every row has ended; the tail grows by all but the last."""
+        known, random = tail.known, torch.Generator().manual_seed(seed)
+        ended = torch.zeros(known.batch_size, dtype=torch.bool)
         for count in range(1, max_new_tokens + 1):
             with _own_dtype(self.device):
-                scores = self.model.lm_head(state)[:, 0].float().cpu()  # [B, V]
+                scores = self.model.lm_head(tail.states[-1])[:, 0].float().cpu()  # [B, V]
             token = _pick(scores, temperature, random)  # [B]
             yield token
             ended |= torch.isin(token, torch.tensor(sorted(self._ends)))
             if bool(ended.all()) or count == max_new_tokens:
                 return
             embeds = self.model.get_input_embeddings()(token.to(self.device)[:, None])  # [B, 1, D]
-            state = self._continue(known, cache, embeds, _steps(known.next_positions, count)[..., -1:])
+            tail.states.append(self._continue(known, tail.cache, embeds, tail.next_positions[:, None]))
+            tail.ids.append(token)
 
     def _continue(self, known: Prefilled, cache: DynamicCache, embeds: Tensor, positions: Tensor) -> Tensor:
         """States [B, Q, D] of embeds [B, Q, D] at positions [B, Q] that follow what `cache` holds."""
@@ -239,6 +258,38 @@ class FrozenMLLM:
 
     def _decode(self, ids: list[int]) -> str:
         return self.builder.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@dataclass
+class Tail:
+    """What was said after a prefix, token by token, on a view of its cache."""
+
+    known: Prefilled
+    cache: Any
+    states: list[Tensor]  # each [B, 1, D], first that of the prefix's last token
+    ids: list[Tensor] = field(default_factory=list)  # each [B]
+
+    @property
+    def next_positions(self) -> Tensor:
+        """[B]: where the next token stands."""
+        return self.known.next_positions + len(self.ids)
+
+    def prefilled(self) -> Prefilled:
+        """The prefix and what was said, as if all of it had been read; whole even where a token was broken off."""
+        known, count = self.known, len(self.ids)
+        length = known.mask.shape[1] + count
+        return Prefilled(
+            layers=tuple((keys[:, :, :length], values[:, :, :length]) for keys, values in _layers(self.cache)),
+            mask=torch.cat([known.mask, known.mask.new_ones(known.batch_size, count)], dim=1),
+            next_positions=self.next_positions,
+            states=torch.cat([known.states, *self.states[1 : 1 + count]], dim=1),
+            padded=known.padded,
+        )
+
+
+def _layers(cache: Any) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Keys and values of each layer."""
+    return tuple((layer.keys, layer.values) for layer in cache.layers)
 
 
 def _growing(module: Any, cache: DynamicCache) -> dict[str, Any]:

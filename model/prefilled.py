@@ -4,7 +4,7 @@ Rows are padded to the longest; where that costs more than another pass, rows of
 Letters: B batch, P prefix tokens, D width."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -48,6 +48,15 @@ class Prefilled:
             next_positions=self.next_positions.expand(count),
             states=self.states.expand(count, -1, -1),
             padded=self.padded,
+        )
+
+    def first(self, count: int) -> "Prefilled":
+        """The first so many columns, as views, to be read on from; only whoever does knows the next positions."""
+        return replace(
+            self,
+            layers=tuple((keys[:, :, :count], values[:, :, :count]) for keys, values in self.layers),
+            mask=self.mask[:, :count],
+            states=self.states[:, :count],
         )
 
     def last_states(self, count: int) -> Tensor:

@@ -31,12 +31,12 @@ class Turn:
     images: tuple[Image.Image, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seen:
-    """What a model is given of the images of one conversation."""
+    """What a model is given of one image."""
 
-    tokens: list[list[int]]  # of each image, in place of its mark
-    tensors: dict[str, Tensor]  # by the model's own argument names; those of many conversations are joined on the first axis
+    tokens: list[int]  # in place of its mark
+    tensors: dict[str, Tensor]  # by the model's own argument names; those of many images are joined on the first axis
 
 
 class ImageReader(Protocol):
@@ -45,8 +45,8 @@ class ImageReader(Protocol):
     image_id: int
     """The token that the rendered template has for an image, and that the model fills in with what it saw."""
 
-    def __call__(self, images: Sequence[Image.Image]) -> Seen:
-        """Read the images of one conversation."""
+    def __call__(self, image: Image.Image, alone: bool) -> Seen:
+        """Read one image; `alone`: it is the only one of its conversation, which some models look at more closely."""
         ...
 
 
@@ -91,7 +91,8 @@ class Prefix:
         """The prefix of these rows, in this order; padding columns stay."""
         index = torch.tensor(list(rows), device=self.ids.device)
         parts = {name: tensor.split(self.image_splits[name]) for name, tensor in self.images.items()}
-        images, splits = join([{name: part[row] for name, part in parts.items() if len(part[row])} for row in rows])
+        held = [{name: part[row] for name, part in parts.items() if len(part[row])} for row in rows]
+        images, splits = join([[each] if each else [] for each in held])
         lengths = self.lengths and tuple(self.lengths[row] for row in rows)
         return replace(
             self,
@@ -120,13 +121,26 @@ class Prefix:
             head=(),
         )
 
+    def after(self, count: int, seen: Sequence[Seen]) -> "Prefix":
+        """Of a single row, what follows its first `count` tokens, and the images therein."""
+        images, splits = join([[image.tensors for image in seen]])
+        return replace(
+            self,
+            ids=self.ids[:, count:],
+            mask=self.mask[:, count:],
+            positions=self.positions[..., count:],
+            images=images,
+            image_splits=splits,
+            lengths=(self.ids.shape[1] - count,),
+            head=(),
+        )
 
-def join(rows: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-    """The image tensors of many rows, joined on the first axis, and how much of it is each row's; a row without images
-    has none."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    joined = {name: torch.cat([row[name] for row in rows if name in row]) for name in names}
-    return joined, {name: tuple(len(row[name]) if name in row else 0 for row in rows) for name in names}
+
+def join(rows: Sequence[Sequence[Mapping[str, Tensor]]]) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """The image tensors of many rows of any number of parts, joined on the first axis, and how much of it is each row's."""
+    names = dict.fromkeys(name for row in rows for part in row for name in part)
+    joined = {name: torch.cat([part[name] for row in rows for part in row]) for name in names}
+    return joined, {name: tuple(sum(len(part[name]) for part in row) for row in rows) for name in names}
 
 
 def running_positions(ids: Tensor, mask: Tensor, images: Mapping[str, Tensor]) -> Tensor:
@@ -135,15 +149,22 @@ def running_positions(ids: Tensor, mask: Tensor, images: Mapping[str, Tensor]) -
 
 
 @dataclass
-class _Row:
+class Row:
     """One conversation as token ids; `targets` repeats the ids that the assistant has to say."""
 
     ids: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
+    images: list[Seen] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # where the tokens of each image begin
 
     def add(self, ids: list[int], said: bool) -> None:
         self.ids += ids
         self.targets += ids if said else [IGNORED] * len(ids)
+
+    def show(self, image: Seen) -> None:
+        self.starts.append(len(self.ids))
+        self.images.append(image)
+        self.add(image.tokens, said=False)
 
 
 class PrefixBuilder:
@@ -178,7 +199,7 @@ class PrefixBuilder:
         images = images if images is not None else [()] * len(prompts)
         system = Turn("system", DRAW_SYSTEM)
         prefix = self([[system, Turn("user", p, tuple(i))] for p, i in zip(prompts, images, strict=True)])
-        return replace(prefix, head=self._draw_head)
+        return replace(prefix, head=self.draw_head)
 
     def with_targets(self, conversations: Sequence[Sequence[Turn]]) -> tuple[Prefix, Tensor]:
         """Whole conversations to train on, and targets [B, P]: the ids of what the assistant says, its closing mark
@@ -186,7 +207,7 @@ class PrefixBuilder:
         return self._build(conversations, add_generation_prompt=False)
 
     @cached_property
-    def _draw_head(self) -> tuple[int, ...]:
+    def draw_head(self) -> tuple[int, ...]:
         """The ids of the instruction to draw and the frame before it: encoded apart from what follows, so always these."""
         pieces = self._pieces([Turn("system", DRAW_SYSTEM), Turn("user", "")], add_generation_prompt=True)
         first_text = next(number for number, _ in pieces if number is not None)
@@ -194,34 +215,39 @@ class PrefixBuilder:
             return ()
         return tuple(self._row([Turn("system", DRAW_SYSTEM)], iter([]), pieces[:2]).ids)
 
+    def row(self, turns: Sequence[Turn], *, add_generation_prompt: bool = True) -> Row:
+        """One conversation, not a batch yet; errors as `__call__`."""
+        seen = self._see([image for turn in turns for image in turn.images])
+        return self._row(turns, iter(seen), self._pieces(turns, add_generation_prompt))
+
+    def batch(self, rows: Sequence[Row]) -> Prefix:
+        """Rows as the prefix that a model reads."""
+        return self._batch(rows)[0]
+
     def _build(self, conversations: Sequence[Sequence[Turn]], add_generation_prompt: bool) -> tuple[Prefix, Tensor]:
-        seen = [self._see([image for turn in turns for image in turn.images]) for turns in conversations]
-        rows = [
-            self._row(turns, iter(what.tokens), self._pieces(turns, add_generation_prompt))
-            for turns, what in zip(conversations, seen, strict=True)
-        ]
+        return self._batch([self.row(turns, add_generation_prompt=add_generation_prompt) for turns in conversations])
+
+    def _batch(self, rows: Sequence[Row]) -> tuple[Prefix, Tensor]:
         ids = self._pad([row.ids for row in rows], self.pad_id)  # [B, P]
         targets = self._pad([row.targets for row in rows], IGNORED)  # [B, P]
         mask = self._pad([[1] * len(row.ids) for row in rows], 0).bool()  # [B, P]
-        images, splits = join([what.tensors for what in seen])
+        images, splits = join([[image.tensors for image in row.images] for row in rows])
         lengths = tuple(len(row.ids) for row in rows)
         return Prefix(ids, mask, self.positions(ids, mask, images), images, splits, lengths), targets
 
-    def _see(self, images: list[Image.Image]) -> Seen:
+    def _see(self, images: list[Image.Image]) -> list[Seen]:
         if not images:
-            return Seen([], {})
+            return []
         if self.images is None:
             raise ValueError("this MLLM reads text alone; leave the images out, or choose one that sees")
         for image in images:
             if not isinstance(image, Image.Image):
                 raise ValueError(f"an image is a {type(image).__name__}; give a PIL image")
-        return self.images([image.convert("RGB") for image in images])
+        return [self.images(image.convert("RGB"), alone=len(images) == 1) for image in images]
 
-    def _row(
-        self, turns: Sequence[Turn], image_tokens: Iterator[list[int]], pieces: Sequence[tuple[int | None, str]]
-    ) -> _Row:
+    def _row(self, turns: Sequence[Turn], images: Iterator[Seen], pieces: Sequence[tuple[int | None, str]]) -> Row:
         """Encode the frame and the texts apart; an image's mark in the frame becomes its tokens."""
-        row = _Row()
+        row = Row()
         closes = False  # whether the next piece of frame begins with the mark that ends an answer
         blanks = ""  # at the end of a frame: words are tokens with the blank before them
         for number, piece in pieces:
@@ -233,7 +259,7 @@ class PrefixBuilder:
             blanks = piece[len(piece.rstrip(" ")) :]
             for place, token in enumerate(frame):
                 if token == self.image_id:
-                    row.add(next(image_tokens), said=False)
+                    row.show(next(images))
                 else:
                     row.add([token], said=closes and place == 0)
             closes = False

@@ -1,6 +1,6 @@
 """Qwen's vision-language models as frozen MLLMs: images as patches of any number, positions on three axes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 from PIL import Image
@@ -41,19 +41,18 @@ class Qwen3_VL(Qwen2_5_VL):
 
 
 class QwenImages:
-    """Images -> patches, and as many tokens as there are squares of `merge_size` x `merge_size` patches."""
+    """An image -> patches, and as many tokens as there are squares of `merge_size` x `merge_size` patches."""
 
     def __init__(self, tokenizer: Any, processor: Qwen2VLImageProcessorPil):
         self.processor = processor
         self.image_id: int = tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
-    def __call__(self, images: Sequence[Image.Image]) -> Seen:
+    def __call__(self, image: Image.Image, alone: bool) -> Seen:
         """See `ImageReader`."""
-        processed = self.processor(images=list(images), return_tensors="pt")
-        grids = processed["image_grid_thw"]  # [images, 3]: patches along time, height, width
-        counts = (grids.prod(-1) // self.processor.merge_size**2).tolist()
-        tensors = {"pixel_values": processed["pixel_values"], "image_grid_thw": grids}
-        return Seen([[self.image_id] * count for count in counts], tensors)
+        processed = self.processor(images=[image], return_tensors="pt")
+        grid = processed["image_grid_thw"]  # [1, 3]: patches along time, height, width
+        count = int(grid.prod()) // self.processor.merge_size**2
+        return Seen([self.image_id] * count, {"pixel_values": processed["pixel_values"], "image_grid_thw": grid})
 
 
 class QwenPositions:

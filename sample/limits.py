@@ -44,6 +44,8 @@ class Capacity:
     """Answers under way; each holds a key/value cache."""
     waiting: int = 64
     """Pictures that may wait, and answers that may."""
+    conversations: int = 4
+    """Whose key/value caches are kept, so that a client that goes on with one waits for its new turns alone."""
     regather_seconds: float = 0.02
     """The longest wait for a batch as large as the last."""
 

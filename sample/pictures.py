@@ -1,4 +1,4 @@
-"""A user's image, a file or bytes -> an upright RGB picture, or one sentence about what is wrong with it; a picture -> PNG."""
+"""A user's image, a file or bytes -> an upright RGB picture, or one sentence about what is wrong; a picture -> PNG."""
 
 import io
 from collections.abc import Mapping

@@ -20,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+from model.dialogue import Dialogue
 from model.frozen import Ended, FrozenMLLM
 from model.prefix import Turn
 from sample.limits import Capacity
@@ -97,6 +98,7 @@ class Worker:
         self._drawings: deque[_Drawn] = deque()
         self._questions: deque[_Answered] = deque()
         self._answers: list[_Answered] = []
+        self._dialogues: deque[tuple[tuple[Turn, ...], Dialogue]] = deque(maxlen=capacity.conversations)
         self._stopped = False
         self._changed = threading.Condition()
         self._last, self._patience = 0, 0.0  # size of the last batch; until when one as large is waited for
@@ -238,22 +240,25 @@ class Worker:
 
     def _pieces(self, job: _Answered) -> Generator[str, None, Said]:
         question = job.question
-        prefix = self.mllm.builder([question.turns])
-        length = prefix.ids.shape[1]
-        room = self.mllm.context - length
-        limit = question.max_new_tokens or min(DEFAULT_TOKENS, max(1, room))
-        if limit > room:
-            raise ValueError(
-                f"the conversation has {length} tokens, the answer may have {limit} and the model reads "
-                f"{self.mllm.context}; shorten the one or the other"
-            )
-        known = self.mllm.prefill(prefix)
+        dialogue = self._dialogue(question.turns)
+        length = dialogue.read(question.turns).mask.shape[1]
+        limit = question.max_new_tokens or max(1, min(DEFAULT_TOKENS, self.mllm.context - length))
+        pieces = dialogue.reply(question.turns, limit, question.temperature, question.seed)
         yield ""
-        pieces = self.mllm.reply(known, limit, question.temperature, question.seed)
         said, ended = yield from until(pieces, question.stop)
+        self._dialogues.append((question.turns, dialogue))
         if ended is None:
             return Said(length, len(self.mllm.builder.encode(said)), whole=True)
         return Said(length, ended.tokens, ended.whole)
+
+    def _dialogue(self, turns: tuple[Turn, ...]) -> Dialogue:
+        """That of which these turns go on the longest part, or a new one."""
+        begun = [entry for entry in self._dialogues if turns[: len(entry[0])] == entry[0]]
+        if not begun:
+            return Dialogue(self.mllm)
+        longest = max(begun, key=lambda entry: len(entry[0]))
+        self._dialogues.remove(longest)
+        return longest[1]
 
 
 class _Ended(Exception):

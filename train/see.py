@@ -22,6 +22,7 @@ from data.transforms import to_pil
 from model.assets import locate
 from model.embedded import save
 from model.mllm import MLLMConfig, load
+from model.prefix import join
 from model.qwen import Qwen2_5_VL
 from model.vision import batch_equal_pictures
 from train.dense import CLASSES, dense_loss, points_of
@@ -108,8 +109,9 @@ class SeeTask(LoaderTask):
     def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
         """What lies at the points of every token's cell, and the squared error of where the token lies."""
         pictures = [to_pil(pixels) for pixels in batch.pixels]
-        assert self.mllm.builder.images is not None
-        seen = self.mllm.builder.images(pictures).tensors
+        look = self.mllm.builder.images
+        assert look is not None
+        seen = join([[look(picture, alone=True).tensors for picture in pictures]])[0]
         # tokens along a side of a picture, read before the grids [B, 3] move: from a GPU it would wait
         side = int(seen["image_grid_thw"][0, 1]) // self.tower.visual.spatial_merge_size
         points = points_of(batch.scenes, side, self.config.points)
