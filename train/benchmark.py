@@ -6,6 +6,7 @@
     python -m train.benchmark order
     python -m train.benchmark loader
     python -m train.benchmark saves
+    python -m train.benchmark serving
     python -m train.benchmark metaquery --config metaquery.xlarge_sana --device cuda --precision autocast --compile
 
 The plain path is the obvious way to train queries: as further rows of the token embeddings, which all get a gradient, and by
@@ -46,6 +47,7 @@ from train.benchmark_order import Ordering, ordering
 from train.benchmark_reading import Reading, reading
 from train.benchmark_repae import Repae, repae
 from train.benchmark_saves import Saves, saves
+from train.benchmark_serving import Serving, serving
 from train.compiled import compile_blocks
 from train.cost import flop, kept_bytes
 from train.loss import squared_error
@@ -90,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         "order": Ordering,
         "loader": Loading,
         "saves": Saves,
+        "serving": Serving,
     }
     args = tyro.extras.subcommand_cli_from_dict(commands, args=argv)
     if isinstance(args, Metaquery):
@@ -102,6 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         loading(args)
     elif isinstance(args, Saves):
         saves(args)
+    elif isinstance(args, Serving):
+        serving(args)
     else:
         repae(args)
 
