@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("give either --release or --model, whose MLLM is to answer")
     if not 0 <= args.grace_seconds < float("inf"):
         raise ValueError(f"--grace-seconds {args.grace_seconds} is no time; give 0 or more")
+    if not 0 <= args.port < 1 << 16:
+        raise ValueError(f"--port {args.port} is none; give 0 to 65535")
     keys = read_keys(args.api_key_file) if args.api_key_file else ()
     if not keys and not is_loopback(args.host):
         raise ValueError(f"--host {args.host} can be reached from elsewhere; give --api-key-file, or 127.0.0.1")
@@ -107,7 +109,7 @@ def listen(host: str, port: int) -> socket.socket:
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)  # connections inherit it
         listening.bind(address)
         listening.listen(256)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ValueError(f"--host {host} --port {port}: {error}; choose another") from error
     return listening
 

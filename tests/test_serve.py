@@ -137,7 +137,7 @@ def test_a_picture_is_that_of_the_pipeline(pipeline, client):
     for number, item in enumerate(answer.data):
         picture = opened(item)
         assert near(picture, pipeline(["a red circle"], [5 + number], drawing)[0])
-        assert (picture.text["prompt"], picture.text["seed"]) == ("a red circle", str(5 + number))
+        assert (picture.info["prompt"], picture.info["seed"]) == ("a red circle", str(5 + number))
         assert item.seed == 5 + number
     assert answer.size == "16x16"
     unseeded = [client.images.generate(prompt="a red circle", extra_body=FEW).data[0].seed for _ in range(2)]
@@ -363,7 +363,7 @@ def test_the_command_finishes_what_it_began_and_tells_no_secrets(folder):
         (["--release", "x", "--api-key-file", "short"], "16 or more"),
         (["--release", "x", "--api-key-file", "empty"], "is empty"),
         (["--release", "x", "--port", "99999"], "--port"),
-        (["--release", "x", "--steps", "0"], "--steps"),
+        (["--release", "x", "--grace-seconds", "-1"], "--grace-seconds"),
     ],
 )
 def test_what_the_command_line_gets_wrong(options, words, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from concurrent.futures import CancelledError
 import numpy as np
 import pytest
 
+from model.frozen import Ended
 from model.prefix import Turn
 from sample.limits import Capacity
 from sample.pipeline import Asked, Pipeline
@@ -176,7 +177,7 @@ def test_a_stop_is_found_however_the_text_is_cut(size):
     def pieces():
         for start in range(0, len(text), size):
             yield text[start : start + size]
-        return None
+        return Ended(len(text), whole=True)
 
     assert "".join(until(pieces(), stop)) == "one two"
     assert "".join(until(pieces(), ["four!", "absent"])) == text

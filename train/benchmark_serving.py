@@ -57,7 +57,8 @@ def serving(args: Serving) -> None:
     seconds: dict[str, list[float]] = {"alone.picture": [], "picture": []}
     with tempfile.TemporaryDirectory() as folder, server_process(options, Path(folder) / "log") as (_, url):
         picture, answer = partial(_picture, url, args), partial(_answer, url, args)
-        picture(0), answer(0)  # warm
+        for warming in (picture, answer):
+            warming(0)
         for _ in range(args.repeats):
             for name, clients in (("alone.", 1), ("", args.clients)):
                 number = max(1, args.clients // 4) if clients == 1 else args.clients
@@ -88,7 +89,7 @@ def server_process(
     Raises:
         ValueError: it does not start.
     """
-    command = [sys.executable, "-m", "sample.serve", *options, "--port", "0"]
+    command = [sys.executable, "-m", "sample.serve", "--port", "0", *options]
     with log.open("a") as file:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, cwd=ROOT, env=env)
     try:
