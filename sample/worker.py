@@ -170,6 +170,8 @@ class Worker:
                 self._speak()
         for job in [*self._drawings, *self._questions, *self._answers]:
             _settle(job.future, Stopped())
+        for held in (self._drawings, self._questions, self._answers, self._dialogues):
+            held.clear()
 
     def _next_batch(self) -> list[_Drawn]:
         """The drawing that waits longest, and those like it; none while more of them may come."""
@@ -217,12 +219,13 @@ class Worker:
         for job in list(self._answers):
             if not self._say_on(job):
                 self._answers.remove(job)
+                job.pieces = None  # and with it its cache
 
     def _say_on(self, job: _Answered) -> bool:
         """Whether there is more to say."""
         if job.future.cancelled():
             return False
-        job.pieces = job.pieces or self._pieces(job)
+        job.pieces = job.pieces or self._pieces(job.question)
         try:
             job.hear(next(job.pieces))
         except StopIteration as end:
@@ -238,8 +241,7 @@ class Worker:
             return False
         return True
 
-    def _pieces(self, job: _Answered) -> Generator[str, None, Said]:
-        question = job.question
+    def _pieces(self, question: Question) -> Generator[str, None, Said]:
         dialogue = self._dialogue(question.turns)
         length = dialogue.read(question.turns).mask.shape[1]
         limit = question.max_new_tokens or max(1, min(DEFAULT_TOKENS, self.mllm.context - length))
@@ -288,6 +290,6 @@ def until(pieces: Generator[str, None, Ended], stop: Sequence[str]) -> Generator
 def _settle(future: "Future[Any]", outcome: Any) -> None:
     with suppress(InvalidStateError):  # it was cancelled in the meantime
         if isinstance(outcome, Exception):
-            future.set_exception(outcome)
+            future.set_exception(outcome.with_traceback(None))  # which would keep caches in a cycle
         else:
             future.set_result(outcome)

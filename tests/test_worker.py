@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError
 
 import numpy as np
@@ -110,10 +111,12 @@ def test_cancelled_work_ends_at_its_next_step(worker):
     (short,) = worker.draw(Asked("a red circle"), [0], FEW)
     assert short.result(10).size == (16, 16)
     held = Held(worker)
+    under_way = weakref.ref(worker._answers[0])
     held.future.cancel()
     held.go.set()
     heard(worker, question("hello", 2))
     assert held.pieces == 1
+    assert under_way() is None  # its cache is freed at once: a cycle would keep it until some collection
 
 
 def test_what_waits_is_bounded_and_none_of_too_many_is_taken(worker):
