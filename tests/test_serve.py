@@ -345,7 +345,8 @@ def test_the_command_finishes_what_it_began_and_tells_no_secrets(folder):
         )
         with ThreadPoolExecutor(1) as pool:
             drawn = pool.submit(httpx.post, f"{url}/images/generations", json=asked, headers=headers, timeout=30)
-            time.sleep(0.1)
+            metrics = url.removesuffix("/v1") + "/metrics"
+            until(lambda: "requests_under_way 2" in httpx.get(metrics, headers=headers).text or drawn.done())
             process.send_signal(signal.SIGTERM)
             assert drawn.result().status_code == 200
         assert process.wait(20) == 0
