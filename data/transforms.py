@@ -27,18 +27,22 @@ UPRIGHT = {
 ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that change width and height over
 
 
-def decode_image(data: bytes) -> Image.Image:
+class TooManyPixels(ValueError):
+    """Of an image's header; no pixel was decoded."""
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A loaded image, first frame of an animation. ValueError with a fixed phrase for bytes that are none.
 
     The size is read from the header, before any pixel is decoded."""
     try:
-        image = _open(data)
+        image = _open(data, max_pixels)
         if image is not None:
             image.load()
             return image
     except PILLOW_ERRORS as error:
         raise ValueError("an image cannot be decoded") from error
-    raise ValueError(f"an image has more than {MAX_PIXELS:,} pixels")
+    raise TooManyPixels(f"an image has more than {max_pixels:,} pixels")
 
 
 def upright_shape(data: bytes) -> Shape:
@@ -55,7 +59,7 @@ def upright_shape(data: bytes) -> Shape:
     return (image.width, image.height) if on_its_side else (image.height, image.width)
 
 
-def _open(data: bytes) -> Image.Image | None:
+def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image | None:
     """An image of which only the header is read; None for one of too many pixels."""
     try:
         with warnings.catch_warnings():
@@ -63,7 +67,7 @@ def _open(data: bytes) -> Image.Image | None:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         return None
-    return image if image.width * image.height <= MAX_PIXELS else None
+    return image if image.width * image.height <= max_pixels else None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

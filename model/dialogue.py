@@ -4,14 +4,14 @@ Each turn reads only what is new: the longest common prefix of what is known and
 from the cache. An image that a model looks at differently once another joins it (`ImageReader`) is read again."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import takewhile
 
 from PIL import Image
 
-from model.frozen import FrozenMLLM, Tail
+from model.frozen import Ended, FrozenMLLM, Tail
 from model.prefilled import Prefilled
 from model.prefix import ImageReader, Row, Seen, Turn
 
@@ -58,16 +58,18 @@ class Dialogue:
 
     def reply(
         self, turns: Sequence[Turn], max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, Ended]:
         """Stream the answer to the conversation; see `FrozenMLLM.reply`. What is said stays in the cache. Errors as `read`,
         at once."""
         tail = self.mllm.after(self.read(turns, room=max_new_tokens))
         assert self._read is not None
         return self._spoken(self._read[0], tail, max_new_tokens, temperature, seed)
 
-    def _spoken(self, row: Row, tail: Tail, max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    def _spoken(
+        self, row: Row, tail: Tail, max_new_tokens: int, temperature: float, seed: int
+    ) -> Generator[str, None, Ended]:
         try:
-            yield from self.mllm.speak(tail, max_new_tokens, temperature, seed)
+            return (yield from self.mllm.speak(tail, max_new_tokens, temperature, seed))
         finally:
             said = Row([*row.ids, *map(int, tail.ids)], images=row.images, starts=row.starts)
             self._read = said, tail.prefilled()

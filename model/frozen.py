@@ -6,7 +6,7 @@ or goes on from a cache, and its `lm_head` names the next token; what differs be
 (model/mllm.py). Letters: B batch, P prefix tokens, Q queries, D width, V vocabulary."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -32,6 +32,16 @@ class MLLMConfig:
     """Pictures of fewer pixels are enlarged, where the family knows such a bound; None: as the model's files say."""
     max_pixels: int | None = None
     """Pictures of more pixels are scaled down; each 28 x 28 pixels are a token in Qwen2.5-VL, 32 x 32 in Qwen3-VL."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a reply came to its end."""
+
+    tokens: int
+    """That were said."""
+    whole: bool
+    """By itself, not at the limit of tokens."""
 
 
 class FrozenMLLM:
@@ -116,23 +126,24 @@ class FrozenMLLM:
 
     def reply(
         self, prefix: Prefix | Prefilled, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, Ended]:
         """Stream the answer to a prefix of one row in pieces of text; temperature 0 takes the likeliest token."""
         if prefix.batch_size != 1:
             raise ValueError(f"reply streams one conversation, not {prefix.batch_size}; use answers for a batch")
-        yield from self.speak(self.after(prefix), max_new_tokens, temperature, seed)
+        return (yield from self.speak(self.after(prefix), max_new_tokens, temperature, seed))
 
     def after(self, prefix: Prefix | Prefilled) -> "Tail":
         """Where tokens that are said will go; a Prefilled stays as it is."""
         known = prefix if isinstance(prefix, Prefilled) else self.prefill(prefix)
         return Tail(known, self._cache(known), [known.states[:, -1:]])
 
-    def speak(self, tail: "Tail", max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    def speak(self, tail: "Tail", max_new_tokens: int, temperature: float, seed: int) -> Generator[str, None, Ended]:
         """As `reply`; what was said is in the tail, also where nobody listens to the end."""
         ids: list[int] = []
-        said = ""
+        said, whole = "", False
         for token in self._generate(tail, max_new_tokens, temperature, seed):
             if int(token) in self._ends:
+                whole = True
                 break
             ids.append(int(token))
             text = self._decode(ids)
@@ -142,6 +153,7 @@ class FrozenMLLM:
         rest = self._decode(ids)[len(said) :]
         if rest:
             yield rest
+        return Ended(len(ids), whole)
 
     def answers(self, prefix: Prefix | Prefilled, max_new_tokens: int = 256) -> list[str]:
         """The likeliest answer of every row, whole."""

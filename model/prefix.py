@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 DRAW_SYSTEM = "Draw the image that the user describes."
+THINK = "Plan the picture first: what is in it, and where."
 DATE = "26 Jul 2024"  # Llama 3 tells the date, and would tell today's: a prefix must not depend on when it is read
 IGNORED = -100  # the target of a token that no loss looks at
 

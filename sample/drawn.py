@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+
+from sample.pictures import png
 
 T = TypeVar("T")
 
@@ -37,10 +38,8 @@ def save(path: Path, picture: Image.Image, about: Mapping[str, object]) -> None:
     """A PNG with `about` as its text chunks, whole or absent."""
     from model.files import write_whole
 
-    info = PngInfo()
-    for key, value in about.items():
-        info.add_text(key, str(value))
-    write_whole(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
+    data = png(picture, about)
+    write_whole(path, lambda temporary: temporary.write_bytes(data))
 
 
 def is_there(path: Path, about: Mapping[str, object]) -> bool:

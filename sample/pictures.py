@@ -1,12 +1,16 @@
-"""An image file of the user's -> an upright RGB picture, or one sentence about what is wrong with it."""
+"""A user's image, a file or bytes -> an upright RGB picture, or one sentence about what is wrong; a picture -> PNG."""
 
+import io
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from data.transforms import decode_image, to_rgb
+from data.transforms import MAX_PIXELS, decode_image, to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+REMEDY = "give a whole PNG, JPEG or WebP file"
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -15,13 +19,26 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         ValueError: the file is missing, damaged, too large, or of another type.
     """
-    remedy = "give a whole PNG, JPEG or WebP file"
     if not path.is_file():
-        raise ValueError(f"image {path} is not a file; {remedy}")
+        raise ValueError(f"image {path} is not a file; {REMEDY}")
+    return read_picture(path.read_bytes(), f"image {path}")
+
+
+def read_picture(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The same of bytes; errors call it `name`, and are `TooManyPixels` before any is decoded."""
     try:
-        picture = decode_image(path.read_bytes())
+        picture = decode_image(data, max_pixels)
     except ValueError as error:
-        raise ValueError(f"image {path}: {error}; {remedy}") from error
+        raise type(error)(f"{name}: {error}; {REMEDY}") from error
     if picture.format not in FORMATS:
-        raise ValueError(f"image {path} is of type {picture.format}; {remedy}")
+        raise ValueError(f"{name} is of type {picture.format}; {REMEDY}")
     return to_rgb(picture)
+
+
+def png(picture: Image.Image, about: Mapping[str, object]) -> bytes:
+    """A PNG file with `about` as its text chunks."""
+    info, file = PngInfo(), io.BytesIO()
+    for key, value in about.items():
+        info.add_text(key, str(value))
+    picture.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()

@@ -10,11 +10,9 @@ from PIL import Image
 
 from model.dialogue import Dialogue
 from model.frozen import FrozenMLLM
-from model.prefix import DRAW_SYSTEM, Turn
+from model.prefix import DRAW_SYSTEM, THINK, Turn
 from sample.pipeline import Asked, Pictures, Pipeline, Watch
 from sample.settings import Drawing
-
-THINK = "Plan the picture first: what is in it, and where."
 
 
 class Session:

@@ -2,8 +2,8 @@
 
     python -m tests.tour                # in a copy of this checkout, with the Python that runs this; some minutes
 
-Commands that would take hours, a cluster or somebody's data are told so: `ADDED` makes a training short, `LEFT_OUT` says why a
-command is not run. A command that neither runs nor is named there fails the tour. Servers are started, asked, and stopped.
+`ADDED` makes a training short; `LEFT_OUT` says why a command is not run that would take hours, a cluster or somebody's data.
+Any other command that fails, fails the tour. Servers are started, asked, and stopped.
 """
 
 import os
@@ -159,7 +159,7 @@ def page(done: list[Done]) -> str:
     lines = [
         "# A tour: every command of the README",
         "",
-        f"Written by `python -m tests.tour`, which gave the {len(ran)} commands below that have an output, in this order, in a copy of the",
+        f"Written by `python -m tests.tour`, which gave the {len(ran)} commands that were run, in this order, in a copy of the",
         "checkout, with the embedded default and nothing else. The test suite takes the tour too.",
         "",
     ]

@@ -8,6 +8,7 @@
     python -m train.benchmark loader
     python -m train.benchmark saves
     python -m train.benchmark talking
+    python -m train.benchmark serving
     python -m train.benchmark metaquery --config metaquery.xlarge_sana --device cuda --precision autocast --compile
 
 The plain path is the obvious way to train queries: as further rows of the token embeddings, which all get a gradient, and by
@@ -49,6 +50,7 @@ from train.benchmark_order import Ordering, ordering
 from train.benchmark_reading import Reading, reading
 from train.benchmark_repae import Repae, repae
 from train.benchmark_saves import Saves, saves
+from train.benchmark_serving import Serving, serving
 from train.benchmark_talking import Talking, talking
 from train.compiled import compile_blocks
 from train.cost import flop, kept_bytes
@@ -96,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         "loader": Loading,
         "saves": Saves,
         "talking": Talking,
+        "serving": Serving,
     }
     args = tyro.extras.subcommand_cli_from_dict(commands, args=argv)
     if isinstance(args, Metaquery):
@@ -112,6 +115,8 @@ def main(argv: list[str] | None = None) -> None:
         saves(args)
     elif isinstance(args, Talking):
         talking(args)
+    elif isinstance(args, Serving):
+        serving(args)
     else:
         repae(args)
 

@@ -25,11 +25,10 @@ from data.world.questions import questions
 from data.world.render import render
 from data.world.scene import BACKGROUNDS, GAP, HELD_OUT_PAIRS, RELATIONS, Object, Scene, make_scene, random_for
 from data.world.wanted import Wanted, by_caption, by_edit, by_scene
-from model.prefix import DRAW_SYSTEM, Turn
+from model.prefix import DRAW_SYSTEM, THINK, Turn
 
 KINDS = ("caption", "edit", "reconstruct", "subject", "dialogue")
 DREW = ""
-THINK = "Plan the picture first: what is in it, and where."
 AGAIN = ("draw this picture again", "draw the same picture", "copy this picture", "reproduce the image", "draw exactly this")
 ONCE_MORE = ("draw it again", "draw the same picture again", "once more, please")
 BACK = ("undo that", "go back to the picture before", "take that back")

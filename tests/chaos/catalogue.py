@@ -9,12 +9,25 @@ from tests.chaos import (
     order,
     resuming,
     saving,
+    serving,
     shards,
     stopping,
 )
 from tests.chaos.rows import ENTERED, Row
 
-MODULES = (elastic, hostile_data, hostile_weights, hostile_words, numerics, order, resuming, saving, shards, stopping)
+MODULES = (
+    elastic,
+    hostile_data,
+    hostile_weights,
+    hostile_words,
+    numerics,
+    order,
+    resuming,
+    saving,
+    serving,
+    shards,
+    stopping,
+)
 
 ROWS: dict[str, Row] = {
     name: ENTERED[name] for name in sorted(ENTERED, key=lambda name: ("CRDS".index(name[0]), int(name[1:])))

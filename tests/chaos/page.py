@@ -11,7 +11,7 @@ Every fault of the catalogue that a machine without a GPU can be given, and what
 expected are lost and listed; `make test` plays the same rows with fewer trials.
 
 Not here: R14 (a stored curve of losses, which holds for one version of torch on one kind of processor; C7, C8 and R11
-compare runs with each other and with plain torch instead) and S13 to S15 (of a server and a web page).
+compare runs with each other and with plain torch instead) and S15 (of a web page).
 
 """
 GROUPS = {"C": "Checkpoints, resume, elasticity", "R": "Signals, hangs, numerics", "D": "Data", "S": "Security of inputs"}
