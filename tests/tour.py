@@ -159,7 +159,7 @@ def page(done: list[Done]) -> str:
     lines = [
         "# A tour: every command of the README",
         "",
-        f"Written by `python -m tests.tour`, which gave the {len(ran)} commands that were run, in this order, in a copy of the",
+        f"Written by `python -m tests.tour`, which gave {len(ran)} of these commands, in this order, in a copy of the",
         "checkout, with the embedded default and nothing else. The test suite takes the tour too.",
         "",
     ]
