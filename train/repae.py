@@ -101,8 +101,9 @@ class RepaeTaskConfig:
     """Share of each batch that is decoded and compared; the rest trains the encoder by its alignment alone."""
     merged_upsampling: bool | None = None
     """Upsampling and the convolution after it as one (model/upsample.py); None: on a CPU, where it is twice as fast."""
-    channels_last: bool | None = None
-    """Convolutions in the order that a GPU's tensor cores read; None: on a GPU, with engine.compile."""
+    channels_last: bool = False
+    """Convolutions in the order that a GPU's tensor cores read. Beside norms that are not compiled it costs more than it
+    gains: on an H200 a step took 1.07 s for 0.89 (docs/performance.md)."""
     flip: bool = False
     """Mirror half of the pictures, chosen by sample number; for labels without places."""
     init: Path | None = None
@@ -170,12 +171,9 @@ class RepaeTaskConfig:
     def assemble(self, networks: Networks, run: Run, ranks: Ranks) -> RepaeTask:
         """Hand each network that trains to an engine, fast for its device."""
         coder, modules, distance = networks.coder, networks.modules, networks.distance
-        on_gpu, compiled = ranks.device.type == "cuda", run.engine.compile
-        if on_gpu:
-            torch.backends.cudnn.benchmark = True  # shapes stay; the fastest convolution is looked for once
-        if (on_gpu and compiled) if self.channels_last is None else self.channels_last:
+        if self.channels_last:
             networks.put_channels_last()
-        if compiled:
+        if run.engine.compile:
             networks.compile_frozen()
         optims = {"vae": self.vae_optim, "discriminator": self.discriminator_optim}
         guard = replace(run.engine.guard, spike=0)  # of one that wins the loss is near 0, and any other a spike
