@@ -95,7 +95,7 @@ def tell_all() -> Run:
     return replace(
         run,
         name="tell_all",
-        task=replace(run.task, mix=Mix()),
+        task=replace(run.task, model=replace(run.task.model, connector=ConnectorConfig(layers=4, looks=True)), mix=Mix()),
         data=replace(run.data, dropout=Dropout(text=0.05, image=0.02, both=0.08), workers=16),
         schedule=replace(run.schedule, steps=4000, batch_size=256, log_every=20),
         optim=replace(run.optim, floor=0.01),

@@ -16,6 +16,7 @@ from torch import Tensor
 from model.connector import Connector, ConnectorConfig
 from model.files import parse_config
 from model.labels import Labels, LabelsConfig
+from model.prefilled import Looked
 from model.queries import Queries
 from model.sit import SiT, SiTConfig, SiTOutput
 
@@ -63,9 +64,9 @@ class ConnectorModel(ModelMixin, ConfigMixin):
         made.queries, made.connector = queries, connector
         return made.eval()
 
-    def forward(self, states: Tensor) -> Tensor:
-        """MLLM states [B, Q, D] -> conditioning [B, Q, C]."""
-        return self.connector(states)
+    def forward(self, states: Tensor, looked: Looked | None = None) -> Tensor:
+        """As `Connector.forward`."""
+        return self.connector(states, looked)
 
 
 class SiTModel(ModelMixin, ConfigMixin):

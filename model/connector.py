@@ -1,8 +1,9 @@
 """What the MLLM answered to the queries [B, Q, D] -> conditioning of the decoder [B, Q, C].
 
 A bidirectional transformer at the MLLM's width, then a projection (the Enc-Proj order of MetaQueries, Pan et al.
-2025). Letters: B batch, Q queries, D MLLM width, C conditioning width."""
+2025). Letters: B batch, Q queries, V visual tokens, D MLLM width, C conditioning width."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import HeadNorm, RMSNorm, attend, merge_heads, split_heads
+from model.prefilled import Looked
+
+AGES = 8
+"""Pictures that are told apart, the last first; those before them share an age. Age 0 is padding."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,9 @@ class ConnectorConfig:
     layers: int = 24
     heads: int | None = None
     mlp_ratio: float = 4.0
+    looks: bool = False
+    """Each layer also looks at what the MLLM made of the pictures: where things stand in one is hard to say in few queries,
+    and what an edit leaves alone has to stay where it is."""
     activation_checkpointing: bool = False
 
 
@@ -33,22 +41,28 @@ class Connector(nn.Module):
             raise ValueError(f"connector.heads {heads} must split the MLLM's width {width} into even parts")
         self.config = config
         self.layers = nn.ModuleList(
-            ConnectorLayer(width, heads, int(config.mlp_ratio * width)) for _ in range(config.layers)
+            ConnectorLayer(width, heads, int(config.mlp_ratio * width), config.looks) for _ in range(config.layers)
         )
+        self.ages = nn.Embedding(AGES, width) if config.looks else None
         self.project = nn.Sequential(
             nn.Linear(width, out_width), nn.GELU(approximate="tanh"), nn.Linear(out_width, out_width)
         )
         self.norm = RMSNorm(out_width, eps=1e-5)
         self._init_weights(gain)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """MLLM states [B, Q, D] -> conditioning [B, Q, C]."""
+    def forward(self, states: Tensor, looked: Looked | None = None) -> Tensor:
+        """MLLM states [B, Q, D], and where it looks what was made of the pictures -> conditioning [B, Q, C]."""
         x = states.to(next(self.project.parameters()).dtype)  # [B, Q, D]
+        seen = mask = None
+        if self.ages is not None:
+            assert looked is not None, "a connector that looks is given what there is to see"
+            seen = looked.states.to(x.dtype) + self.ages(looked.ages.clamp(max=AGES - 1)).to(x.dtype)  # [B, V, D]
+            mask = F.pad(looked.ages > 0, (1, 0), value=True)[:, None, None]  # [B, 1, 1, 1 + V]
         for layer in self.layers:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, use_reentrant=False)
+                x = checkpoint(layer, x, seen, mask, use_reentrant=False)
             else:
-                x = layer(x)  # [B, Q, D]
+                x = layer(x, seen, mask)  # [B, Q, D]
         return self.norm(self.project(x).float())  # [B, Q, C]
 
     def _init_weights(self, gain: float) -> None:
@@ -61,13 +75,16 @@ class Connector(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.constant_(self.norm.weight, gain)
+        if self.ages is not None:
+            nn.init.normal_(self.ages.weight, std=0.5)
 
 
 class ConnectorLayer(nn.Module):
-    """Pre-norm attention over all queries, both ways, then SwiGLU."""
+    """Pre-norm attention: to the pictures, where it looks, and over all queries, both ways; then SwiGLU."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int):
+    def __init__(self, width: int, heads: int, mlp_width: int, looks: bool = False):
         super().__init__()
+        self.look = Look(width, heads) if looks else None
         self.heads = heads
         self.attention_norm = RMSNorm(width, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width)
@@ -77,12 +94,51 @@ class ConnectorLayer(nn.Module):
         self.gate_up = nn.Linear(width, 2 * mlp_width, bias=False)
         self.down = nn.Linear(mlp_width, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, Q, D] -> [B, Q, D]."""
+    def forward(self, x: Tensor, seen: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x [B, Q, D]; of the pictures seen [B, V, D], mask [B, 1, 1, 1 + V] -> [B, Q, D]."""
+        if self.look is not None and seen is not None:
+            x = x + self.look(x, seen, mask)
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.attention_norm(x)).chunk(3, dim=-1))
         x = x + self.out(merge_heads(attend(rotate(self.q_norm(q)), rotate(self.k_norm(k)), v)))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
+
+
+class Look(nn.Module):
+    """Queries attend to visual tokens, or to the one that stands for nothing."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm, self.seen_norm = RMSNorm(width, eps=1e-6), RMSNorm(width, eps=1e-6)
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.q_norm, self.k_norm = HeadNorm(heads, width // heads), HeadNorm(heads, width // heads)
+        self.nothing = nn.Parameter(torch.zeros(1, 1, width))
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, seen: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B, Q, D], seen [B, V, D], mask [B, 1, 1, 1 + V] with the one for nothing first -> [B, Q, D]."""
+        seen = torch.cat([self.nothing.expand(len(seen), -1, -1).to(seen.dtype), self.seen_norm(seen)], dim=1)
+        q = split_heads(self.q(self.norm(x)), self.heads)
+        k, v = (split_heads(part, self.heads) for part in self.kv(seen).chunk(2, dim=-1))
+        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v, mask)))
+
+
+def grown(tensors: Mapping[str, Tensor], connector: Connector) -> dict[str, Tensor]:
+    """Those of a connector of fewer layers, or of one that did not look, with what `connector` has more: its own, which add
+    nothing yet."""
+    had = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=-1)
+    looked = "ages.weight" in tensors
+
+    def is_new(name: str) -> bool:
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
+        return layer >= had or (not looked and (".look." in name or name == "ages.weight"))
+
+    more = {name: tensor.clone() for name, tensor in connector.state_dict().items() if is_new(name)}
+    for name in more:
+        if name.endswith((".out.weight", ".down.weight")):
+            more[name].zero_()
+    return {**tensors, **more}
 
 
 def rotate(x: Tensor, theta: float = 1e4) -> Tensor:

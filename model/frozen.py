@@ -198,11 +198,14 @@ class FrozenMLLM:
                 given["attention_mask"] = mask
         with _own_dtype(self.device):
             states = self.model.model(**given, **_growing(self.model.model, cache)).last_hidden_state
+        image_id = self.builder.image_id
+        pictures = rest.mask & (rest.ids == (-1 if image_id is None else image_id))  # [B, P]
         return Prefilled(
             layers=_layers(cache),
             mask=mask,
             next_positions=_ends_at(rest) + 1,
             states=states if known is None else torch.cat([known.states, states], dim=1),
+            pictures=pictures if known is None else torch.cat([known.pictures, pictures], dim=1),
             padded=padded,
         )
 
@@ -298,12 +301,13 @@ class Tail:
     def prefilled(self) -> Prefilled:
         """The prefix and what was said, as if all of it had been read; whole even where a token was broken off."""
         known, count = self.known, len(self.ids)
-        length = known.mask.shape[1] + count
+        length, said = known.mask.shape[1] + count, known.mask.new_ones(known.batch_size, count)
         return Prefilled(
             layers=tuple((keys[:, :, :length], values[:, :, :length]) for keys, values in _layers(self.cache)),
-            mask=torch.cat([known.mask, known.mask.new_ones(known.batch_size, count)], dim=1),
+            mask=torch.cat([known.mask, said], dim=1),
             next_positions=self.next_positions,
             states=torch.cat([known.states, *self.states[1 : 1 + count]], dim=1),
+            pictures=torch.cat([known.pictures, ~said], dim=1),
             padded=known.padded,
         )
 

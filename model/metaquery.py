@@ -3,7 +3,7 @@
 Letters: B batch, Q queries, D MLLM width, C conditioning width, c h w latent channels, height, width."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from model.decoder import Decoder, DecoderConfig, build_decoder
 from model.hub import commit_of
 from model.mllm import FrozenMLLM, MLLMConfig, Prefilled, load, outline
 from model.noise import NoiseConfig, Noising, build_noising
+from model.prefilled import Looked
 from model.prefix import Prefix
 from model.queries import Queries
 from model.sit import SiTOutput
@@ -41,6 +42,20 @@ class MetaQueryConfig:
     read: Literal["queries", "prompt"] = "queries"
 
 
+class Heard(NamedTuple):
+    """What a connector is given: what the MLLM made of the queries, and of the pictures before them. A tuple, because ZeRO-3
+    looks for tensors in tuples and looks into no dataclass."""
+
+    states: Tensor  # [B, Q, D]
+    looked: Looked | None = None
+
+
+def hear(mllm: FrozenMLLM, queries: Queries, connector: Connector, prefix: Prefix | Prefilled) -> Heard:
+    """Ask the MLLM the queries after the prefix."""
+    known = prefix if isinstance(prefix, Prefilled) else mllm.prefill(prefix)
+    return Heard(mllm.read(known, queries()), known.looked() if connector.config.looks else None)
+
+
 class Bridge(nn.Module):
     """Queries and connector alone: what a decoder is told, where it is trained by other means. The MLLM is held outside."""
 
@@ -51,9 +66,13 @@ class Bridge(nn.Module):
         object.__setattr__(self, "mllm", mllm)
         self.queries, self.connector = queries, connector
 
-    def forward(self, prefix: Prefix | Prefilled) -> Tensor:
-        """Prefix of B rows -> conditioning [B, Q, C]."""
-        return self.connector(self.mllm.read(prefix, self.queries()))
+    def forward(self, asked: Prefix | Prefilled | Heard) -> Tensor:
+        """Prefix of B rows, or what the MLLM made of it -> conditioning [B, Q, C]."""
+        return self.connector(*(asked if isinstance(asked, Heard) else self.hear(asked)))
+
+    def hear(self, prefix: Prefix | Prefilled) -> Heard:
+        """Ask the MLLM the queries after the prefix."""
+        return hear(self.mllm, self.queries, self.connector, prefix)
 
 
 class MetaQuery(nn.Module):
@@ -103,9 +122,10 @@ class MetaQuery(nn.Module):
     def condition(self, prefix: Prefix | Prefilled) -> Tensor:
         """What the decoder is told about each row, [B, Q, C]."""
         if self.queries is not None:
-            return self.connector(self.mllm.read(prefix, self.queries()))
+            return self.connector(*hear(self.mllm, self.queries, self.connector, prefix))
         known = prefix if isinstance(prefix, Prefilled) else self.mllm.prefill(prefix)
-        return self.connector(known.last_states(self.config.queries))
+        looked = known.looked() if self.connector.config.looks else None
+        return self.connector(known.last_states(self.config.queries), looked)
 
     @property
     def image_size(self) -> int:

@@ -6,6 +6,7 @@ Letters: B batch, P prefix tokens, D width."""
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,13 @@ PASS_WORK = 5e12
 """What it costs on a GPU, which is waiting for work to be named to it: in parameters times tokens."""
 
 
+class Looked(NamedTuple):
+    """What the model made of the pictures of each row. V: visual tokens of the row that has most."""
+
+    states: Tensor  # [B, V, D]
+    ages: Tensor  # [B, V] long: 1 for the last picture of the row, 2 for the one before it, ...; 0 where there is no token
+
+
 @dataclass(frozen=True)
 class Prefilled:
     """A prefix the model has read. Nothing grows it: every read and reply works on its own view of the cache."""
@@ -25,6 +33,7 @@ class Prefilled:
     mask: Tensor  # [B, P] bool, False on padding, which may lie between a shared head and the rest
     next_positions: Tensor  # [B] long: where the next token stands
     states: Tensor  # [B, P, D] after the last norm
+    pictures: Tensor  # [B, P] bool, True on tokens that stand for a picture
     padded: bool = True  # whether any row of the prefix is
 
     @property
@@ -39,6 +48,7 @@ class Prefilled:
             mask=self.mask[index],
             next_positions=self.next_positions[index],
             states=self.states[index],
+            pictures=self.pictures[index],
             padded=self.padded,
         )
 
@@ -49,6 +59,7 @@ class Prefilled:
             mask=self.mask.expand(count, -1),
             next_positions=self.next_positions.expand(count),
             states=self.states.expand(count, -1, -1),
+            pictures=self.pictures.expand(count, -1),
             padded=self.padded,
         )
 
@@ -59,6 +70,18 @@ class Prefilled:
             layers=tuple((keys[:, :, :count], values[:, :, :count]) for keys, values in self.layers),
             mask=self.mask[:, :count],
             states=self.states[:, :count],
+            pictures=self.pictures[:, :count],
+        )
+
+    def looked(self) -> Looked:
+        """States and ages of the tokens that stand for pictures; a picture ends where its tokens do."""
+        ends = self.pictures & ~F.pad(self.pictures[:, 1:], (0, 1))  # [B, P]
+        ages = ends.long().flip(1).cumsum(1).flip(1) * self.pictures  # [B, P]
+        if self.pictures.is_cuda:  # counting them would wait for the device: all tokens are kept, most of age 0
+            return Looked(self.states, ages)
+        order = self.pictures.byte().argsort(dim=1, stable=True)[:, self.mask.shape[1] - int(self.pictures.sum(1).max()) :]
+        return Looked(
+            self.states.gather(1, order.unsqueeze(-1).expand(-1, -1, self.states.shape[-1])), ages.gather(1, order)
         )
 
     def last_states(self, count: int) -> Tensor:
@@ -105,6 +128,7 @@ def joined(parts: Sequence[Prefilled], groups: Sequence[Sequence[int]]) -> Prefi
         mask=pad([part.mask for part in parts], 1),
         next_positions=torch.cat([part.next_positions for part in parts]),
         states=pad([part.states for part in parts], 1),
+        pictures=pad([part.pictures for part in parts], 1),
     )
     read = [row for group in groups for row in group]
     return together.select([read.index(row) for row in range(len(read))])

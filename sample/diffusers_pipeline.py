@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from data.transforms import to_pil
 from model.components import ConnectorModel, LabelsModel, SiTModel
-from model.connector import ConnectorConfig
 from model.decoder import SiTDecoder, SiTDecoderConfig
 from model.diffusers_decoder import DiffusersDecoderConfig, adopt_network, noise_of
 from model.labels import UNKNOWN
@@ -281,7 +280,7 @@ class MetaQueryPipeline(_Coat):
             decoder=SiTDecoderConfig(),
             vae=VAEConfig("vae"),
             queries=coat.config.num_queries,
-            connector=ConnectorConfig(layers=coat.config.layers),
+            connector=coat.connector.config,
             noise=self._noise,
             read=coat.config.read,
         )

@@ -190,7 +190,7 @@ def test_a_bridge_learns_its_decoder_s_language_and_goes_on_to_draw(folder):
     words = ["none" if word == 1 else "" for word in batch.words[:, 1:, 0].flatten().tolist()]
     assert "none" in words
     with torch.no_grad():
-        given, told = release.condition(batch.prefix)[:, :6], task.labels(batch.words, batch.places)
+        given, told = release.condition(batch.asked)[:, :6], task.labels(batch.words, batch.places)
         ways = task.labels(batch.open_words, batch.open_places)
     nearest = []
     for row, label, open_row, told_ways in zip(given, told, batch.open.tolist(), ways, strict=True):

@@ -16,6 +16,7 @@ from data.latents import check_latents
 from data.loader import Loader, World
 from data.records import DRAWN
 from data.shards import Shards
+from model.connector import grown
 from model.files import match, read_tensors
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 from model.mllm import load
@@ -30,6 +31,9 @@ from train.task import LoaderTask, Task, check_buckets, engine_for, loader_for
 
 if TYPE_CHECKING:
     from train.config import Run
+
+
+CONNECTOR = "connector."
 
 
 @dataclass(frozen=True)
@@ -156,9 +160,11 @@ class MetaQueryTask(BridgeTask, LoaderTask):
 
 
 def start_from(model: MetaQuery, release: Path) -> None:
-    """Take the tensors of a release over into a model of the same shape, in which more of the decoder may train. Raises
-    ValueError when they do not fit."""
+    """Take the tensors of a release over into a model of the same shape, in which more of the decoder may train, and whose
+    connector may have further layers and look. Raises ValueError when they do not fit."""
     tensors = read_tensors(release / "model.safetensors")
+    connector = {name.removeprefix(CONNECTOR): t for name, t in tensors.items() if name.startswith(CONNECTOR)}
+    tensors |= {CONNECTOR + name: tensor for name, tensor in grown(connector, model.connector).items()}
     wanted = {name: t for name, t in model.own_tensors().items() if name in tensors or not name.startswith("decoder.")}
     match(tensors, wanted, release / "model.safetensors")
     model.load_state_dict(tensors, strict=False)  # names are checked; the frozen rest came with the decoder

@@ -9,6 +9,7 @@ Q queries, C conditioning width, K words a token, N objects, S ways to tell an o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -25,7 +26,8 @@ from data.world.asks import KINDS, Mix, heard, make_ask
 from data.world.labels import CHOICES, OBJECTS, absent, encode_choice, encode_wanted, nothing
 from data.world.wanted import Wanted
 from model.labels import Labels, load_labels
-from model.metaquery import Bridge, MetaQuery, MetaQueryConfig, build
+from model.metaquery import Bridge, Heard, MetaQuery, MetaQueryConfig, build
+from model.prefilled import Looked
 from model.prefix import Prefix, PrefixBuilder
 from train.engine import Engine, micro_batch_size
 from train.metaquery import BridgeTask, start_from
@@ -49,6 +51,9 @@ class TellTaskConfig:
     """What is asked."""
     spare: float = 0.3
     """Weight of the queries beyond those that are told something: they tell of things that are not there."""
+    pool: int = 0
+    """So many samples are read once, and learned from over and over by the connector alone; the queries stay as they are.
+    Ten times as fast where reading is slow. 0: every sample is new."""
     init: Path | None = None
     """A release whose queries and connector are the start, and whose decoder's trained parts stay as they are. None: fresh
     queries and connector, and the decoder as it was released."""
@@ -73,14 +78,20 @@ class TellTaskConfig:
         rows = range(ranks.rank, size * ranks.world, ranks.world)
         asks = Asks(world, self.mix, model.mllm.builder, run.data, run.seed, rows)
         assert model.queries is not None
+        if self.pool % run.schedule.batch_size:
+            raise ValueError(
+                f"task.pool is {self.pool}; give a multiple of schedule.batch_size {run.schedule.batch_size}, or 0"
+            )
+        model.queries.requires_grad_(not self.pool)
         bridge = Bridge(model.mllm, model.queries, model.connector)
         return TellTask(self, model, labels, engine_for(bridge, run, ranks), asks, ranks)
 
 
 class ToldBatch(NamedTuple):
-    """What is asked, and what it says: of the object in row `open`, each way to tell it is right."""
+    """What is asked, or what the MLLM made of it, and what it says: of the object in row `open`, each way to tell it is
+    right."""
 
-    prefix: Prefix
+    asked: Prefix | Heard
     words: Tensor  # [B, TOLD, K]
     places: Tensor  # [B, TOLD, 3]
     open: Tensor  # [B]
@@ -126,12 +137,28 @@ class TellTask(BridgeTask):
     def batches(self, samples: int) -> Iterator[ToldBatch]:
         """This rank's share, on the CPU."""
         self.asks.samples = samples
-        return iter(self.asks)
+        return iter(self.asks) if not self.config.pool else self._pooled(samples)
+
+    def _pooled(self, samples: int) -> Iterator[ToldBatch]:
+        """The pool's batches in turn, each read when it first comes."""
+        bridge, known = self.engine.module, dict[int, ToldBatch]()
+        assert isinstance(bridge, Bridge)
+        for position in itertools.count(samples, self.asks.rows.stop):
+            place = position % self.config.pool
+            if place not in known:
+                batch = self.asks[place]
+                assert isinstance(batch.asked, Prefix)
+                with torch.no_grad():
+                    states, looked = bridge.hear(batch.asked.to(self.ranks.device))
+                assert looked is not None or not bridge.connector.config.looks
+                kept = Heard(states.cpu(), looked and Looked(*(part.cpu() for part in looked)))
+                known[place] = batch._replace(asked=kept)
+            yield known[place]
 
     def step(self, batch: ToldBatch) -> dict[str, Tensor]:
         """Mean square of conditioning - label tokens (which have mean square 1): of the told tokens, plus of the spare; and
         the former by kind of what is asked."""
-        given = self.engine(batch.prefix.to(self.ranks.device)).float()  # [B, Q, C]
+        given = self.engine(self._there(batch.asked)).float()  # [B, Q, C]
         off = told_error(given[:, :TOLD], batch, self.labels)  # [B]
         loss = off.mean()
         objective = loss
@@ -140,6 +167,13 @@ class TellTask(BridgeTask):
         self.engine.backward(objective)
         self.engine.step()
         return {"loss": loss.detach(), **self._by_kind(off.detach(), batch.kinds.to(off.device))}
+
+    def _there(self, asked: Prefix | Heard) -> Prefix | Heard:
+        """On this rank's device."""
+        device = self.ranks.device
+        if isinstance(asked, Prefix):
+            return asked.to(device)
+        return Heard(asked.states.to(device), asked.looked and Looked(*(part.to(device) for part in asked.looked)))
 
     def _by_kind(self, off: Tensor, kinds: Tensor) -> dict[str, Tensor]:
         """The error of each kind that is asked: its sum over the number that is to be expected, which no batch lacks."""
