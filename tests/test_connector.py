@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from model.connector import Connector, ConnectorConfig, rotate
+from model.connector import Connector, ConnectorConfig, grown, rotate
+from model.prefilled import Looked
 
 
 @pytest.mark.parametrize(("width", "millions"), [(896, 315.8), (2048, 1621.0), (3584, 4946.7)])
@@ -66,3 +67,29 @@ def test_rotation_shows_distances_only():
 def test_heads_must_split_the_width():
     with pytest.raises(ValueError, match=r"connector\.heads 5"):
         Connector(ConnectorConfig(layers=1, heads=5), 64, 24)
+
+
+def looking(layers: int = 2) -> Connector:
+    torch.manual_seed(0)
+    return Connector(ConnectorConfig(layers=layers, looks=True), 64, 24)
+
+
+def test_what_it_sees_counts_and_padding_does_not():
+    connector, states = looking(), torch.randn(2, 5, 64)
+    seen, ages = torch.randn(2, 6, 64), torch.tensor([[0, 0, 2, 2, 1, 1], [0, 0, 0, 0, 0, 0]])
+    out = connector(states, Looked(seen, ages))
+    trimmed = connector(states[:1], Looked(seen[:1, 2:], ages[:1, 2:]))
+    torch.testing.assert_close(out[:1], trimmed)
+    torch.testing.assert_close(out[1:], connector(states[1:], Looked(seen[1:, :0], ages[1:, :0])))
+    older = connector(states[:1], Looked(seen[:1, 2:], ages[:1, 2:] + 1))
+    assert (out[:1] - older).abs().max() > 1e-3
+
+
+def test_a_connector_that_has_grown_says_what_it_said():
+    """Further layers and eyes add nothing before they learn, and every tensor of the smaller one has to be there."""
+    small, large = Connector(ConnectorConfig(layers=1), 64, 24), looking(3)
+    states, looked = torch.randn(2, 5, 64), Looked(torch.randn(2, 4, 64), torch.ones(2, 4, dtype=torch.long))
+    large.load_state_dict(grown(small.state_dict(), large))
+    torch.testing.assert_close(large(states, looked), small(states))
+    damaged = {name: tensor for name, tensor in small.state_dict().items() if name != "layers.0.qkv.weight"}
+    assert "layers.0.qkv.weight" not in grown(damaged, large)

@@ -150,3 +150,21 @@ def test_an_answer_that_is_broken_off_leaves_the_cache_whole(qwen):
 def test_a_conversation_that_is_too_long_is_refused_in_a_sentence(qwen):
     with pytest.raises(ValueError, match=r"has \d+ tokens, what follows may have 500 and the model reads 512; shorten"):
         Dialogue(qwen).reply([Turn("user", "how many ?")], max_new_tokens=500)
+
+
+def test_what_was_made_of_pictures_is_the_same_read_at_once_or_on_the_way(tmp_path):
+    """Ages count pictures from the last, whatever was said between them."""
+    seeing = mllm.load(MLLMConfig(str(tiny.mllm_folder(tmp_path)), dtype="float32"))
+    turns = [
+        Turn("user", "a star?", (tiny.image(),)),
+        Turn("assistant", "no"),
+        Turn("user", "and here?", (tiny.image(seed=1),)),
+    ]
+    dialogue = Dialogue(seeing)
+    dialogue.read(turns[:1])
+    states, ages = dialogue.read(turns).looked()
+    whole = seeing.prefill(seeing.builder([turns, [Turn("user", "hello")]])).looked()
+    torch.testing.assert_close(states[0], whole.states[0, whole.ages[0] > 0], atol=1e-5, rtol=1e-4)
+    assert ages.tolist() == [[2] * (ages == 2).sum() + [1] * (ages == 1).sum()]
+    assert (ages == 1).sum() == (ages == 2).sum() > 0
+    assert not whole.ages[1].any()

@@ -14,6 +14,7 @@ from configs import world
 from data.loader import Data, World
 from data.world.asks import Mix
 from model import store
+from model.connector import ConnectorConfig
 from model.decoder import SiTDecoderConfig, load_sit
 from model.files import dump_config, parse_config, read_json
 from model.mllm import MLLMConfig, load
@@ -209,6 +210,27 @@ def test_a_bridge_learns_its_decoder_s_language_and_goes_on_to_draw(folder):
     assert all(torch.equal(on[name], drawn[name]) for name in decoder)  # only what is told has changed since
     assert not all(torch.equal(on[name], told[name]) for name in decoder)
     assert not all(torch.equal(on[name], drawn[name]) for name in on.keys() - decoder)
+
+
+def test_a_pool_is_read_once_and_told_again(folder, tmp_path):
+    """Two passes over a pool of two batches: each batch as it would be read anew, by a model that reads twice."""
+    decoder = SiTDecoderConfig(path=str(folder / "teller" / "release"))
+    connector = ConnectorConfig(layers=1, looks=True)
+    model = tiny.metaquery_config(tmp_path, decoder=decoder, queries=8, connector=connector)
+    data = Data(sources=(World(),), image_size=16)
+    run = Run("pool", TellTaskConfig(model, pool=8), data, SHORT, OptimConfig(lr=3e-3, warmup_steps=0), engine=FP32)
+    assert isinstance(run.task, TellTaskConfig)
+    ranks = start(60)
+    task = run.task.build(run, ranks)
+    before = task.model.mllm.prefills
+    batches = list(itertools.islice(task.batches(0), 4))
+    assert task.model.mllm.prefills == before + 2
+    assert batches[2] is batches[0]
+    anew = next(replace(run.task, pool=0).build(run, ranks).batches(0))
+    torch.testing.assert_close(task.engine(batches[0].asked), task.engine(anew.asked))
+    assert not any(parameter.requires_grad for parameter in task.model.queries.parameters())
+    with pytest.raises(ValueError, match=r"task\.pool is 7"):
+        replace(run.task, pool=7).build(run, ranks)
 
 
 def test_a_vision_tower_learns_dense_labels_and_leaves_the_language_model_alone(folder):
