@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from train.benchmark import main
 from train.benchmark_drawing import Drawn
 from train.benchmark_loader import Loading
 from train.cost import flop, kept_bytes
+from train.repae import RepaeTaskConfig
 
 SMALL = [
     "metaquery",
@@ -103,13 +105,17 @@ def test_a_joint_step_is_timed_by_part_and_against_the_official_way(tmp_path):
 def small_f8d4(folder):
     """The published joint run over small shapes, of which only the config files are there, as a run.json."""
     vae, encoder = folder / "vae", folder / "encoder"
-    AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    ).save_config(vae)  # fmt: skip
+    shape: Any = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    AutoencoderKL(**shape, norm_num_groups=4).save_config(vae)
     Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=2).save_pretrained(encoder)
     write_json(encoder / "preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
     published = run.named("repae.xl_f8d4")()
+    assert isinstance(published.task, RepaeTaskConfig)
+    assert published.task.sit is not None
     sit = replace(published.task.sit, latent_size=8, width=32, depth=4, heads=2, condition_width=32, align_depth=2)
     task = replace(
         published.task,
