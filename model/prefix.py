@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
@@ -273,13 +274,16 @@ class PrefixBuilder:
         messages = [
             {"role": turn.role, "content": self._content(turn, f"\ue000{number}\ue001")} for number, turn in enumerate(turns)
         ]
-        rendered = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            date_string=DATE,
-        )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                date_string=DATE,
+            )
+        except TemplateError as error:  # by which templates refuse roles, or an order of them
+            raise ValueError(f"messages: {error}, says the model's chat template; give turns as it takes them") from error
         parts = re.split("\ue000(\\d+)\ue001", rendered)  # frame, number, frame, number, ..., frame
         return [(int(part), "") if place % 2 else (None, part) for place, part in enumerate(parts)]
 

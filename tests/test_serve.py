@@ -311,6 +311,15 @@ def until(holds, seconds=10):
         time.sleep(0.01)
 
 
+def test_turns_that_the_chat_template_refuses_are_the_clients_error(pipeline, client, monkeypatch):
+    builder = pipeline.model.mllm.builder
+    strict = "{% if messages[1:] and messages[1].role == 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    monkeypatch.setattr(builder, "template", strict + builder.tokenizer.chat_template)
+    client.chat.completions.create(**CHAT, max_tokens=1)
+    with pytest.raises(openai.UnprocessableEntityError, match="messages: roles must alternate"):
+        client.chat.completions.create(model="tiny", messages=[*user("a"), *user("b")])
+
+
 def test_a_bare_mllm_answers_and_draws_nothing(pipeline):
     with served(None, mllm=pipeline.model.mllm) as (url, _, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
