@@ -213,7 +213,10 @@ class PrefixBuilder:
     @cached_property
     def draw_head(self) -> tuple[int, ...]:
         """The ids of the instruction to draw and the frame before it: encoded apart from what follows, so always these."""
-        pieces = self._pieces([Turn("system", DRAW_SYSTEM), Turn("user", "")], add_generation_prompt=True)
+        try:
+            pieces = self._pieces([Turn("system", DRAW_SYSTEM), Turn("user", "")], add_generation_prompt=True)
+        except ValueError:  # the template knows no system's turn: it can be talked to, and `draw` says why it cannot draw
+            return ()
         first_text = next(number for number, _ in pieces if number is not None)
         if first_text != 0:  # the template has the system's turn elsewhere
             return ()
