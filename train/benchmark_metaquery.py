@@ -17,7 +17,6 @@ against the --peak-tflops of its data sheet (an H200: 989 in bfloat16).
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from train import stand_in
 from train.compiled import compile_blocks
 from train.cost import flop, kept_bytes
 from train.loss import squared_error
-from train.machine import matrix_rate, record
+from train.machine import matrix_rate, record, timed
 from train.optim import OptimConfig, adamw
 from train.parts import blank_prefix, steps
 from train.plan import metaquery_of, shaped, unchecked
@@ -221,18 +220,13 @@ class Bench:
         return measured | {"optimizer": spread(seconds, "s")}
 
     def _timed(self, work: Callable[[], Any], optimizers: Sequence[torch.optim.Optimizer], keep: bool = False) -> float:
-        self._wait()
-        began = time.perf_counter()
-        work()
-        for optimizer in optimizers:
-            optimizer.step()
-        self._wait()
-        elapsed = time.perf_counter() - began
+        def step() -> None:
+            work()
+            for optimizer in optimizers:
+                optimizer.step()
+
+        elapsed = timed(step, self.device)
         if not keep:
             self.model.zero_grad()
             self.table.grad = None
         return elapsed
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
