@@ -38,7 +38,7 @@ class Dialogue:
         if length + room > self.mllm.context:
             raise ValueError(
                 f"the conversation has {length} tokens, what follows may have {room} "
-                f"and the model reads {self.mllm.context}; shorten the question, or reset the conversation"
+                f"and the model reads {self.mllm.context}; shorten it, or begin a new one"
             )
         known, count = self._beginning(row)
         prefix = self._builder.batch([row])

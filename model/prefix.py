@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
@@ -212,7 +213,10 @@ class PrefixBuilder:
     @cached_property
     def draw_head(self) -> tuple[int, ...]:
         """The ids of the instruction to draw and the frame before it: encoded apart from what follows, so always these."""
-        pieces = self._pieces([Turn("system", DRAW_SYSTEM), Turn("user", "")], add_generation_prompt=True)
+        try:
+            pieces = self._pieces([Turn("system", DRAW_SYSTEM), Turn("user", "")], add_generation_prompt=True)
+        except ValueError:  # the template knows no system's turn: it can be talked to, and `draw` says why it cannot draw
+            return ()
         first_text = next(number for number, _ in pieces if number is not None)
         if first_text != 0:  # the template has the system's turn elsewhere
             return ()
@@ -273,13 +277,16 @@ class PrefixBuilder:
         messages = [
             {"role": turn.role, "content": self._content(turn, f"\ue000{number}\ue001")} for number, turn in enumerate(turns)
         ]
-        rendered = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            date_string=DATE,
-        )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                date_string=DATE,
+            )
+        except TemplateError as error:  # by which templates refuse roles, or an order of them
+            raise ValueError(f"messages: {error}, says the model's chat template; give turns as it takes them") from error
         parts = re.split("\ue000(\\d+)\ue001", rendered)  # frame, number, frame, number, ..., frame
         return [(int(part), "") if place % 2 else (None, part) for place, part in enumerate(parts)]
 

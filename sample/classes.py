@@ -20,6 +20,7 @@ import tyro
 from data.address import draw as address
 from sample.cli import run
 from sample.drawn import is_there, ranks, save, share
+from sample.progress import progress
 from sample.settings import Guidance, SolverName
 
 
@@ -80,7 +81,6 @@ def label(args: Args, number: int, classes: int) -> int:
 def draw(args: Args, decoder, numbers: list[int]) -> None:
     """Draws and writes the pictures of these numbers."""
     import torch
-    from rich.progress import track
 
     from data.transforms import to_pil
     from sample.pipeline import default_device
@@ -88,7 +88,7 @@ def draw(args: Args, decoder, numbers: list[int]) -> None:
     decoder.to(default_device())
     guidance = Guidance(args.guidance, end=args.guidance_end)
     starts = range(0, len(numbers), args.batch_size)
-    for start in track(starts, "drawing", transient=True, disable=not sys.stderr.isatty()):
+    for start in progress("drawing")(starts):
         batch = numbers[start : start + args.batch_size]
         words = torch.tensor([label(args, number, decoder.classes) + 1 for number in batch], device=default_device())
         told = words.view(-1, 1, 1), torch.zeros(len(batch), 1, 3, device=default_device())

@@ -2,7 +2,7 @@
 without their factor of 2.5). Letters: B pairs, E width."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from model.hub import Source, fetched, weights
 from sample.drawn import read_about
 from sample.measures import Measure, mean
 from sample.pictures import open_picture
+from sample.progress import Watch
 
 
 class Clip:
@@ -50,7 +51,7 @@ def score(
     files: Sequence[Path],
     prompts: Sequence[str],
     batch_size: int,
-    watch: Callable[[Iterable], Iterable] = iter,
+    watch: Watch = iter,
 ) -> dict[str, Measure]:
     """The mean over all pictures, and the share of prompts that were cut."""
     found: list[float] = []

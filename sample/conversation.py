@@ -4,7 +4,6 @@ Pictures are named by what they show, so that a file that is saved again never p
 """
 
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 
 from model.files import dump_config, parse_config, read_json, write_json, write_whole
 from model.prefix import Turn
-from sample.pictures import open_picture
+from sample.pictures import open_picture, png
 from sample.session import Session
 
 
@@ -58,11 +57,10 @@ def resume(path: Path, session: Session) -> list[Image.Image]:
 
 def _write(path: Path, image: Image.Image) -> str:
     """The picture's name, beside `path`."""
-    encoded = io.BytesIO()
-    image.save(encoded, format="PNG")
-    name = f"{path.stem}-{hashlib.sha256(encoded.getvalue()).hexdigest()[:12]}.png"
+    encoded = png(image, {})
+    name = f"{path.stem}-{hashlib.sha256(encoded).hexdigest()[:12]}.png"
     if not (path.parent / name).exists():
-        write_whole(path.parent / name, lambda temporary: temporary.write_bytes(encoded.getvalue()))
+        write_whole(path.parent / name, lambda temporary: temporary.write_bytes(encoded))
     return name
 
 

@@ -7,8 +7,6 @@ from typing import TypeVar
 
 from PIL import Image
 
-from sample.pictures import png
-
 T = TypeVar("T")
 
 
@@ -37,6 +35,7 @@ def ranks() -> tuple[int, int]:
 def save(path: Path, picture: Image.Image, about: Mapping[str, object]) -> None:
     """A PNG with `about` as its text chunks, whole or absent."""
     from model.files import write_whole
+    from sample.pictures import png
 
     data = png(picture, about)
     write_whole(path, lambda temporary: temporary.write_bytes(data))

@@ -25,6 +25,7 @@ from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 from sample.cli import run
 from sample.drawn import is_there, ranks, save, share
 from sample.layouts import LAYOUTS, LayoutName
+from sample.progress import progress
 from sample.prompts import Job, Line, jobs_of, read_lines
 from sample.settings import Drawing
 
@@ -137,14 +138,12 @@ def drawn(
     opened: Callable[[Path], "Image.Image"],
 ) -> Iterator[tuple[Job, "Image.Image"]]:
     """Each job with its picture once that is whole, in the order of the batches."""
-    from rich.progress import track
-
     from sample.grid import tiles
     from sample.pipeline import Asked
 
     parts: dict[str, list[Image.Image]] = defaultdict(list)
     work = list(batches(jobs, drawings, batch_size))
-    for batch in track(work, "drawing", transient=True, disable=not sys.stderr.isatty()):
+    for batch in progress("drawing")(work):
         asked = [Asked(job.line.prompt, tuple(map(opened, job.line.images))) for job, _ in batch]
         pictures = pipeline(asked, [seed for _, seed in batch], drawings[batch[0][0].name])
         for (job, _), picture in zip(batch, pictures, strict=True):

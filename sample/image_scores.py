@@ -4,7 +4,7 @@ By the features of any target encoder, which makes a local distance that is comp
 through torch-fidelity and a file of its weights, which makes the FID, IS and KID of the literature. Letters: B pictures of a
 batch, E width of features, H W pixels."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +12,11 @@ import torch
 from torch import Tensor
 
 from data.transforms import FORMATS, decode_image, resize_and_crop, to_tensor
-from model.assets import fingerprint, tensors_of
-from model.files import sha256_of
-from model.targets import Target, TargetConfig, load_target
-from sample.clip_score import Clip, prompts_of
-from sample.clip_score import score as by_clip
+from model.targets import Target
 from sample.decoder_scores import FEATURE_GRID
 from sample.fidelity import frechet, kernel_distance, precision_recall
 from sample.measures import Measure
-from sample.pipeline import default_device
-
-Watch = Callable[[Iterable], Iterable]
-
-
-def score(args: Any, watch: Callable[[str], Watch]) -> tuple[dict[str, Measure], dict[str, str], dict[str, int]]:
-    """What `sample.evaluate images` is asked for: measures, the sha256 of the networks, and the number of pictures."""
-    device = default_device()
-    files = {name: pictures_in(getattr(args, name)) for name in ("real", "drawn") if getattr(args, name) is not None}
-    measures: dict[str, Measure] = {}
-    sha256: dict[str, str] = {}
-    if "real" in files:
-        target = load_target(TargetConfig(args.features, dtype="float32")).to(device)
-        both = {
-            name: features(each, target, args.size, args.batch_size, device, watch(name)) for name, each in files.items()
-        }
-        measures |= local(both["real"], both["drawn"])
-        sha256["features"] = fingerprint(tensors_of(target.encoder))
-    if args.inception is not None:
-        measures |= by_inception(args.real, args.drawn, args.inception, args.batch_size)
-        sha256["inception"] = sha256_of(args.inception)
-    if args.clip is not None:
-        prompts = prompts_of(files["drawn"], args.drawn, args.prompts)
-        clip = Clip(args.clip, device)
-        measures |= by_clip(clip, files["drawn"], prompts, args.batch_size, watch("reading"))
-        sha256["clip"] = clip.sha256
-    return measures, sha256, {name: len(each) for name, each in files.items()}
+from sample.progress import Watch
 
 
 def pictures_in(folder: Path) -> list[Path]:

@@ -29,6 +29,7 @@ from tyro.conf import Positional, arg
 
 from sample.cli import run
 from sample.drawn import read_about
+from sample.progress import progress
 from sample.prompts import MAX_SEED, Job, Line, read_text
 
 SHOWN = 5  # names in a list of problems
@@ -235,13 +236,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not asked.folder.is_dir():
         raise ValueError(f"{asked.folder} is no folder; name the one that was drawn into")
-    from rich.progress import track
-
     layout = LAYOUTS[asked.layout]
     entries = layout.entries(asked.prompts)
     jobs, beside = layout.jobs(entries, asked.n), layout.beside(asked.folder, entries)
-    quiet = not sys.stderr.isatty()
-    found = check(asked.folder, jobs, beside, lambda each: track(each, "reading", transient=True, disable=quiet))
+    found = check(asked.folder, jobs, beside, progress("reading"))
     of = f" of the {layout.prompts:,} published" if layout.prompts else ""
     print(f"{asked.layout}: {len(entries):,}{of} prompts", *found.report(), sep="\n")
     if not found.complete:

@@ -4,10 +4,12 @@ The base is loaded by transformers' own class and runs by its own forward and `g
 of its own; ours is the one that has just drawn a picture. Both are given the same ids and pixels, which
 tests/test_families.py holds against the family's own processor. Letters: P prefix tokens, V vocabulary."""
 
-from collections.abc import Callable, Iterable
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sample.progress import Watch, progress
 
 DRAWN_FIRST = "a red circle"
 
@@ -32,8 +34,8 @@ class Parity:
     """Where to write the measures."""
 
 
-def prove(args: Parity, watch: Callable[[Iterable], Iterable]) -> bool:
-    """Asks both, prints the measures, and writes them where told; whether nothing differs.
+def parity(args: Parity) -> None:
+    """Asks both, prints the measures, and writes them where told; exits with 1 where anything differs.
 
     Raises:
         ValueError: a number is out of range, or the release or its base cannot be loaded.
@@ -52,14 +54,15 @@ def prove(args: Parity, watch: Callable[[Iterable], Iterable]) -> bool:
     source = Source("mllm.path", mllm.config.path, mllm.config.revision)
     base: Any = fetched(source, mllm.model_class.from_pretrained, dtype=mllm.model.dtype, trust_remote_code=False)
     base = base.eval().to(mllm.device)
-    measures, sha256 = compare(mllm, base, args, watch)
+    measures, sha256 = compare(mllm, base, args, progress("asking"))
     show(f"{args.release} and {mllm.config.path}", measures)
     if args.json is not None:
         write_json(args.json, measures, protocol(args, parts_of(pipeline.model) | {"base": sha256}, drawn_first=DRAWN_FIRST))
-    return all(measures[f"parity.{what}"].value == 1 for what in ("tensors", "logits", "answers"))
+    if any(measures[f"parity.{what}"].value != 1 for what in ("tensors", "logits", "answers")):
+        sys.exit(1)
 
 
-def compare(mllm: Any, base: Any, args: Parity, watch: Callable[[Iterable], Iterable] = iter) -> tuple[dict[str, Any], str]:
+def compare(mllm: Any, base: Any, args: Parity, watch: Watch = iter) -> tuple[dict[str, Any], str]:
     """Measures by name (`tensors`, `logits` and `answers`: shares that are the same bit for bit, letter for letter;
     `logits_difference`, and `cached_difference` of the path by which ours answers), and the sha256 of the base."""
     import torch

@@ -14,7 +14,7 @@ A place is right within `TOLERANCE`; one that words leave open is right where th
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, product
 from random import Random
@@ -33,6 +33,7 @@ from model.prefix import DRAW_SYSTEM, Turn
 from sample.grid import Cell, Row, table
 from sample.measures import Measure, mean, share
 from sample.pipeline import Asked, Pipeline
+from sample.progress import Watch
 from sample.settings import Drawing
 
 TOLERANCE = 0.08  # a place is right within this share of the canvas
@@ -41,7 +42,6 @@ TURNS = 3
 Conversations = Sequence[Sequence[Turn]]
 Draw = Callable[[Conversations, Sequence[int]], list[Image.Image]]
 """Conversations that end with an order, and one seed each -> pictures."""
-Watch = Callable[[Iterable], Iterable]
 
 
 @dataclass(frozen=True)

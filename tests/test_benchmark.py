@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ from model.files import dump_config, write_json
 from model.targets import TargetConfig
 from model.vae import VAEConfig
 from sample.measures import read_json
-from train import benchmark, benchmark_drawing, benchmark_loader, plan, run, stand_in
+from train import benchmark_drawing, benchmark_loader, benchmark_metaquery, plan, run, stand_in
 from train.benchmark import main
 from train.benchmark_drawing import Drawn
 from train.benchmark_loader import Loading
 from train.cost import flop, kept_bytes
+from train.repae import RepaeTaskConfig
 
 SMALL = [
     "metaquery",
@@ -72,17 +74,17 @@ def test_talking_is_timed_by_turns_of_the_conversation(tmp_path):
 
 def test_flop_are_those_of_the_token_passes():
     """Of the language model, a backward pass counted as one more: 2 x 28 tokens against 24 + 2 x 4."""
-    args = benchmark.Metaquery(prefix_tokens=24, batch_size=1, small=stand_in.Small(queries=4, width=64))
-    bench = benchmark.Bench(benchmark.build(args, "meta"), args, "meta")
+    args = benchmark_metaquery.Metaquery(prefix_tokens=24, batch_size=1, small=stand_in.Small(queries=4, width=64))
+    bench = benchmark_metaquery.Bench(benchmark_metaquery.build(args, "meta"), args, "meta")
     counted = {plain: flop(lambda plain=plain: bench.states(plain)) for plain in (False, True)}
     assert counted[True] / counted[False] == pytest.approx(2 * 28 / 32, rel=0.05)
 
 
 def test_a_recipe_is_counted_at_its_full_size():
     """To the FLOP that the plan counts for a picture by part."""
-    args = benchmark.Metaquery(config="metaquery.base_sana", prefix_tokens=30, batch_size=2)
+    args = benchmark_metaquery.Metaquery(config="metaquery.base_sana", prefix_tokens=30, batch_size=2)
     planned = plan.plan(run.named("metaquery.base_sana")(), world=8, prefix_tokens=30)
-    assert benchmark.counts(args)[False] == pytest.approx(2 * planned["plan.picture.flop"].value, rel=1e-6)
+    assert benchmark_metaquery.counts(args)[False] == pytest.approx(2 * planned["plan.picture.flop"].value, rel=1e-6)
 
 
 def test_kept_bytes_are_those_autograd_keeps():
@@ -103,13 +105,17 @@ def test_a_joint_step_is_timed_by_part_and_against_the_official_way(tmp_path):
 def small_f8d4(folder):
     """The published joint run over small shapes, of which only the config files are there, as a run.json."""
     vae, encoder = folder / "vae", folder / "encoder"
-    AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    ).save_config(vae)  # fmt: skip
+    shape: Any = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    AutoencoderKL(**shape, norm_num_groups=4).save_config(vae)
     Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=2).save_pretrained(encoder)
     write_json(encoder / "preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
     published = run.named("repae.xl_f8d4")()
+    assert isinstance(published.task, RepaeTaskConfig)
+    assert published.task.sit is not None
     sit = replace(published.task.sit, latent_size=8, width=32, depth=4, heads=2, condition_width=32, align_depth=2)
     task = replace(
         published.task,

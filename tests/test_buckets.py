@@ -261,7 +261,7 @@ def test_a_bridge_trains_on_all_shapes_and_draws_them(shards, tmp_path):
     (picture,) = pipeline(["a star"], [1], Drawing(2, height=8, width=32))
     assert picture.size == (32, 8)
     with pytest.raises(ValueError, match="height 9, width 16: the autoencoder takes multiples of 2"):
-        pipeline(["a star"], [1], steps=2, height=9)
+        pipeline(["a star"], [1], Drawing(2, height=9))
 
 
 def test_joint_training_takes_all_shapes(shards, tmp_path):

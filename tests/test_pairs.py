@@ -14,7 +14,8 @@ from model.files import dump_config, write_json
 from model.metaquery import MetaQueryConfig
 from model.mllm import MLLMConfig
 from model.vae import VAEConfig
-from sample.pipeline import Pipeline
+from sample.pipeline import Asked, Pipeline
+from sample.settings import Drawing
 from tests import tiny
 from tests.tiny_decoders import PIPELINES
 from tests.tiny_families import BLIND, SEEING
@@ -67,8 +68,8 @@ def train(config, folder):
 @pytest.mark.parametrize("mllm", [*SEEING, *BLIND])
 def test_every_pair_trains_and_draws_from_its_release(parts, mllm, decoder, tmp_path):
     pipeline = train(a_run(parts, mllm, decoder, tmp_path / "out"), tmp_path)
-    images = [[tiny.image()], []] if mllm in SEEING else None
-    drawn = pipeline(["a red circle", "a blue star"], [0, 1], images=images, steps=2)
+    pictures = (tiny.image(),) if mllm in SEEING else ()
+    drawn = pipeline([Asked("a red circle", pictures), "a blue star"], [0, 1], Drawing(2))
     assert [picture.size for picture in drawn] == [(16, 16), (16, 16)]
     assert drawn[0].tobytes() != drawn[1].tobytes()
 
@@ -77,10 +78,10 @@ def test_every_pair_trains_and_draws_from_its_release(parts, mllm, decoder, tmp_
 def test_the_weights_of_a_decoder_that_was_trained_whole_are_in_its_release(parts, tmp_path, trainable):
     home = Path(shutil.copytree(parts / "sana", tmp_path / "sana"))
     config = a_run(parts, "qwen2", "sana", tmp_path / "out", home=DiffusersDecoderConfig(str(home)), trainable=trainable)
-    drawn = train(config, tmp_path)(["a"], [0], steps=2)[0]
+    drawn = train(config, tmp_path)(["a"], [0], Drawing(2))[0]
     next((home / "transformer").glob("*.safetensors")).unlink()
     if trainable == ("*",):
-        assert Pipeline.from_release(tmp_path / "out" / "release")(["a"], [0], steps=2)[0].tobytes() == drawn.tobytes()
+        assert Pipeline.from_release(tmp_path / "out" / "release")(["a"], [0], Drawing(2))[0].tobytes() == drawn.tobytes()
     else:
         with pytest.raises(ValueError, match=r"decoder.path .* cannot be loaded"):
             Pipeline.from_release(tmp_path / "out" / "release")

@@ -282,7 +282,7 @@ def test_keys(pipeline):
 
 
 def test_too_much_at_once_and_too_long_are_told(pipeline):
-    limits = Limits(request_seconds=1.0, steps=LONG)
+    limits = Limits(request_seconds=2.0, steps=LONG)
     with served(pipeline, limits, waiting=1) as (url, worker, _), ThreadPoolExecutor(4) as pool:
         asked = {"prompt": "a red circle", "steps": LONG}
         answers = list(pool.map(lambda _: httpx.post(f"{url}/v1/images/generations", json=asked, timeout=20), range(4)))
@@ -304,11 +304,20 @@ def test_a_client_that_goes_ends_its_work(pipeline):
         until(lambda: not worker._answers)
 
 
-def until(holds, seconds=10):
+def until(holds, seconds=60):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_turns_that_the_chat_template_refuses_are_the_clients_error(pipeline, client, monkeypatch):
+    builder = pipeline.model.mllm.builder
+    strict = "{% if messages[1:] and messages[1].role == 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    monkeypatch.setattr(builder, "template", strict + builder.tokenizer.chat_template)
+    client.chat.completions.create(**CHAT, max_tokens=1)
+    with pytest.raises(openai.UnprocessableEntityError, match="messages: roles must alternate"):
+        client.chat.completions.create(model="tiny", messages=[*user("a"), *user("b")])
 
 
 def test_a_bare_mllm_answers_and_draws_nothing(pipeline):
@@ -335,21 +344,21 @@ def test_the_command_finishes_what_it_began_and_tells_no_secrets(folder):
     (folder / "keys").write_text(f"{KEY}\n")
     secrets = {"HF_TOKEN": "hf_canary", "OPENAI_API_KEY": "sk-canary"}
     options = ["--release", str(folder / "release"), "--api-key-file", str(folder / "keys")]
-    with server_process(options, folder / "log", env={**os.environ, **secrets}) as (process, url):
-        asked = {"prompt": "a secret wish", "steps": 100}
-        headers = {"Authorization": f"Bearer {KEY}"}
-        assert httpx.post(f"{url}/images/generations?key=canary", json={**asked, "steps": 1}, headers=headers).is_success
-        assert (
-            httpx.post(f"{url}/images/generations", json=asked, headers={"Authorization": "Bearer canary"}).status_code
-            == 401
-        )
-        with ThreadPoolExecutor(1) as pool:
-            drawn = pool.submit(httpx.post, f"{url}/images/generations", json=asked, headers=headers, timeout=30)
-            metrics = url.removesuffix("/v1") + "/metrics"
-            until(lambda: "requests_under_way 2" in httpx.get(metrics, headers=headers).text or drawn.done())
-            process.send_signal(signal.SIGTERM)
-            assert drawn.result().status_code == 200
-        assert process.wait(20) == 0
+    with (
+        server_process(options, folder / "log", env={**os.environ, **secrets}) as (process, url),
+        httpx.Client(headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        asked, paint = {"prompt": "a secret wish", "steps": 100}, f"{url}/images/generations"
+        assert client.post(f"{paint}?key=canary", json={**asked, "steps": 1}).is_success
+        assert client.post(paint, json=asked, headers={"Authorization": "Bearer canary"}).status_code == 401
+        drawn = pool.submit(client.post, paint, json=asked)
+        metrics = url.removesuffix("/v1") + "/metrics"
+        until(lambda: "requests_under_way 2" in client.get(metrics).text or drawn.done())
+        process.send_signal(signal.SIGTERM)
+        assert drawn.result().status_code == 200
+        client.close()
+        assert process.wait(60) == 0
     log = (folder / "log").read_text()
     assert "/v1/images/generations 200" in log
     assert not [word for word in (KEY, "canary", "secret wish") if word in log]

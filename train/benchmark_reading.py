@@ -7,14 +7,14 @@ states are the same (tests/test_families.py).
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from data.source import WorldSource
 from model.mllm import MLLMConfig, load
 from sample.measures import Measure, show, spread
-from train.machine import record
+from train.machine import record, timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,9 @@ def reading(args: Reading) -> None:
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(args.repeats + 1):
         for way, prefix in ways.items():
-            began = time.perf_counter()
-            mllm.prefill(prefix)
+            elapsed = timed(partial(mllm.prefill, prefix), mllm.device)
             if repeat:  # the first of each warms up
-                seconds[way].append(time.perf_counter() - began)
+                seconds[way].append(elapsed)
     measures = {f"reading.{way}": spread(elapsed, "s") for way, elapsed in seconds.items()}
     for way in ("head", "both"):
         ratios = [plain / ours for ours, plain in zip(seconds[way], seconds["plain"], strict=True)]

@@ -1,12 +1,8 @@
 """How long a REPA-E step takes, by part, and against the official way to write it: `python -m train.benchmark repae`.
 
-The official way is that of End2End-Diffusion/REPA-E: float32 weights under autocast, a perceptual loss in float32 that
-looks at real pictures anew, the other networks frozen for one sum of the VAE's losses, real and false pictures through the
-discriminator one after the other (and gradients to the real ones), the cosine of the alignment in a loop over samples,
-torch's attention and AdamW as they come, an average of the SiT in a loop over its tensors, upsampling before convolutions,
-nothing compiled. Ours is the engines' step as the run configures it; and that with half of each batch rebuilt, which is no
-longer the same step. On a CPU they take turns in one process, on the same batch; a GPU could not hold them together, so
-there the official way is measured first and freed.
+The official way is `train/official_repae.py`. Ours is the engines' step as the run configures it; and that with half of each
+batch rebuilt, which is no longer the same step. On a CPU they take turns in one process, on the same batch; a GPU could not
+hold them together, so there the official way is measured first and freed.
 
     python -m train.benchmark repae --config repae.xl_f8d4 --random-weights --batch-size 0 --levers --compile
 
@@ -20,7 +16,7 @@ import gc
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,23 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.batch import LabelledBatch, LabelledCollate
-from model.attention import fused
-from model.noise import noise
-from model.perceptual import LPIPS, FeaturesConfig, load_perceptual
-from model.upsample import merge_upsampling, split_upsampling
+from model.perceptual import LPIPS
+from model.upsample import merge_upsampling
 from sample.measures import Measure, show, spread
 from train.compiled import compile_all, compile_blocks
 from train.config import Run
 from train.cost import flop_within
-from train.loss import gaussian_kl, squared_error
 from train.machine import matrix_rate, record, timed
+from train.official_repae import Official
 from train.prompts import PromptsTold
 from train.ranks import Ranks, start
-from train.repae import POSTERIOR, Networks, RepaeTask, RepaeTaskConfig
+from train.repae import Networks, RepaeTask, RepaeTaskConfig
 from train.task import loader_for
 
 FEW = 4
@@ -52,6 +45,8 @@ FEW = 4
 LEVER_REPEATS = 3
 SHARE = 0.85
 """Of a GPU's memory that a batch is to fill."""
+
+Step = Callable[[LabelledBatch], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +113,12 @@ class Bench:
 
     def __init__(self, run: Run, args: Repae, ranks: Ranks) -> None:
         self.args, self.ranks, self.size = args, ranks, args.batch_size
+        assert isinstance(run.task, RepaeTaskConfig)
         config = replace(run.task, merged_upsampling=False, channels_last=False) if args.levers else run.task
         self.config, self.run, self.on_gpu = config, run, ranks.device.type == "cuda"
         with ranks.device if self.on_gpu else nullcontext():  # where random numbers are drawn in no time
-            self.networks: Networks = config.networks(run, ranks)
-        loader = loader_for(LabelledCollate(run.data.image_size), run, ranks)
-        self.batch: LabelledBatch = next(iter(loader))
+            self.networks = config.networks(run, ranks)
+        self.batch = next(iter(loader_for(LabelledCollate(run.data.image_size), run, ranks)))
         self.seconds: dict[str, list[float]] = {}
         self.memory: dict[str, int] = {}
 
@@ -131,45 +126,46 @@ class Bench:
         """All, by name."""
         if self.on_gpu:
             torch.set_float32_matmul_precision("high")  # as the official script has it; for both ways alike
-        apart = self.on_gpu or self.args.levers
-        official = self._official(self.networks if apart else copy.deepcopy(self.networks))
+        apart = self.on_gpu or self.args.levers  # over the same networks, one way after the other
+        networks = self.networks if apart else copy.deepcopy(self.networks)
+        official = Official(self.config, networks, self.run, self.ranks)
         if self.on_gpu:
             self._fit(official)
-        counted = self._flop(official)
+        few = _taken(self.batch, min(2, self.size))
+        counted = flop_within(lambda: official.step(few)) / len(few.index) * self.size
+        ways: dict[str, Step] = {"official_step": official.step}
         if apart:
-            self._time({"official_step": official.step})
+            self._time(ways, self.args.repeats)
+            ways = {}
             del official
             _free(self.networks)
-        ours: RepaeTask = self.config.assemble(self.networks, self.run, self.ranks)
+        ours = self.config.assemble(self.networks, self.run, self.ranks)
         if self.args.levers:
-            self._time_levers(ours)
-        ways = {"step": ours.step}
-        if not apart:
-            ways["official_step"] = official.step
+            self._time_levers(self._exact_levers(), ours)
+        ways["step"] = ours.step
         if self.args.half:
             half = copy.copy(ours)
             half.config = replace(self.config, recon_fraction=0.5)
             ways["half_step"] = half.step
-        self._time(ways)
+        self._time(ways, self.args.repeats)
         if self.args.levers:
-            self._time_inexact(ours)
+            self._time_levers(self._inexact_levers(ours), ours)
         for part, step in parts(ours, _taken(self.batch, self.size), self.ranks, self.args.compile).items():
             self.seconds[f"part.{part}"] = [timed(step, self.ranks.device) for _ in range(self.args.repeats + 1)][1:]
         return self._told(counted)
 
     def _told(self, counted: float) -> dict[str, Measure]:
+        """What was timed, and what follows from it and the FLOP of a step."""
         measures = {f"speed.{name}": spread(seconds, "s") for name, seconds in self.seconds.items()}
-        official, n = measures["speed.official_step"].value, self.args.repeats
+        n, step, official = self.args.repeats, measures["speed.step"].value, measures["speed.official_step"].value
         for name, seconds in self.seconds.items():
-            if name in ("step", "half_step") and len(self.seconds["official_step"]) == len(seconds):
+            if name in ("step", "half_step"):
                 pairs = zip(seconds, self.seconds["official_step"], strict=True)
                 measures[f"speed.{name}_ratio"] = spread([theirs / mine for mine, theirs in pairs], "x")
             elif name.startswith("lever."):
-                measures[f"speed.{name}_ratio"] = Measure(
-                    official / measures[f"speed.{name}"].value, n=len(seconds), unit="x"
-                )
+                ratio = official / measures[f"speed.{name}"].value
+                measures[f"speed.{name}_ratio"] = Measure(ratio, n=len(seconds), unit="x")
         rate = self.args.peak_tflops * 1e12 if self.args.peak_tflops else matrix_rate(self.ranks.device, self._dtype)
-        step = measures["speed.step"].value
         measures |= {
             "speed.batch_size": Measure(self.size),
             "speed.images": Measure(self.size / step, n=n, unit="1/s"),
@@ -184,13 +180,6 @@ class Bench:
     def _dtype(self) -> torch.dtype:
         """Of our matrix products."""
         return torch.float32 if self.run.engine.precision == "fp32" else torch.bfloat16
-
-    def _official(self, networks: Networks) -> Official:
-        slow = self.config.perceptual
-        if isinstance(slow, FeaturesConfig):  # in float32, as LPIPS is either way
-            slow = replace(slow, target=replace(slow.target, dtype="float32"))
-            networks = replace(networks, distance=load_perceptual(slow, networks.targets).to(self.ranks.device))
-        return Official(self.config, networks, self.run, self.ranks)
 
     def _fit(self, official: Official) -> None:
         """The batch that was asked for, or as many pictures as the official way has memory for; fewer where even those do
@@ -211,10 +200,10 @@ class Bench:
                 self.size = max(FEW, self.size - max(8, self.size // 4 // 8 * 8))
             _free(self.networks)
 
-    def _time(self, ways: dict[str, Callable[[Any], Any]], repeats: int | None = None) -> None:
+    def _time(self, ways: dict[str, Step], repeats: int) -> None:
         """Seconds of each way, taking turns."""
         batch = _taken(self.batch, self.size)
-        for repeat in range((repeats or self.args.repeats) + 1):
+        for repeat in range(repeats + 1):
             for way, step in ways.items():
                 elapsed, held = self._time_one(partial(step, batch))
                 if repeat:  # the first of each warms up
@@ -230,37 +219,37 @@ class Bench:
         elapsed = timed(step, self.ranks.device)
         return elapsed, torch.cuda.max_memory_allocated() if self.on_gpu else 0
 
-    def _time_levers(self, ours: RepaeTask) -> None:
-        """Plain, then with what leaves the step as it is to rounding, one more at a time."""
+    def _time_levers(self, levers: Iterator[str], ours: RepaeTask) -> None:
+        """Our step after each lever, with those before it."""
+        for lever in levers:
+            self._time({f"lever.{lever}": ours.step}, LEVER_REPEATS)
+
+    def _exact_levers(self) -> Iterator[str]:
+        """Nothing, then what leaves the step as it is to rounding, each set as its name comes."""
         networks = self.networks
         torch.backends.cudnn.benchmark = False
-        self._time({"lever.plain": ours.step}, repeats=LEVER_REPEATS)
+        yield "plain"
         torch.backends.cudnn.benchmark = self.on_gpu
-        self._time({"lever.cudnn_benchmark": ours.step}, repeats=LEVER_REPEATS)
+        yield "cudnn_benchmark"
         if not self.args.compile:
             return
         compile_blocks(networks.modules["main"])
-        self._time({"lever.compile_sit": ours.step}, repeats=LEVER_REPEATS)
+        yield "compile_sit"
         networks.put_channels_last()
-        self._time({"lever.channels_last": ours.step}, repeats=LEVER_REPEATS)
+        yield "channels_last"
         compile_blocks(networks.modules["vae"])
-        self._time({"lever.compile_vae": ours.step}, repeats=LEVER_REPEATS)
-        networks.compile_frozen()
+        yield "compile_vae"
+        networks.compile_frozen()  # with the discriminator, this is the whole step
         if "discriminator" in networks.modules:
             compile_all(networks.modules["discriminator"])
 
-    def _time_inexact(self, ours: RepaeTask) -> None:
-        """With what is off unless a run asks for it."""
+    def _inexact_levers(self, ours: RepaeTask) -> Iterator[str]:
+        """What is off unless a run asks for it."""
         merge_upsampling(self.networks.coder)
-        self._time({"lever.merged_upsampling": ours.step}, repeats=LEVER_REPEATS)
+        yield "merged_upsampling"
         if isinstance(ours.distance, LPIPS):
             ours.distance.dtype = torch.bfloat16
-            self._time({"lever.lpips_bf16": ours.step}, repeats=LEVER_REPEATS)
-
-    def _flop(self, official: Official) -> float:
-        """FLOP of the official step, counted on two pictures."""
-        few = _taken(self.batch, min(2, self.size))
-        return flop_within(lambda: official.step(few)) / len(few.index) * self.size
+            yield "lpips_bf16"
 
 
 def _taken(batch: LabelledBatch, size: int) -> LabelledBatch:
@@ -292,8 +281,8 @@ def parts(task: RepaeTask, batch: LabelledBatch, ranks: Ranks, compiled: bool) -
 
     def both(forward: Callable[[], Tensor], precision: Any = half) -> None:
         with precision:
-            made = forward()
-        made.float().mean().backward()
+            out = forward()
+        out.float().mean().backward()
 
     copied = {name: copy.deepcopy(engine.module) for name, engine in task.engines.items()}  # engines would wait for a step
     if compiled:
@@ -317,79 +306,3 @@ def parts(task: RepaeTask, batch: LabelledBatch, ranks: Ranks, compiled: bool) -
         grid = task.sit.sit.grid(latents)
         made["target"] = lambda: [target(pixels, grid) for target in task.targets]
     return made
-
-
-class Official:
-    """The official step over the networks of a joint run."""
-
-    def __init__(self, config: RepaeTaskConfig, networks: Networks, run: Run, ranks: Ranks) -> None:
-        self.config, self.networks, self.ranks, self.seed = config, networks, ranks, run.seed
-        self.modules = {name: module.to(ranks.device) for name, module in networks.modules.items()}
-        split_upsampling(self.modules["vae"])
-        self.average = copy.deepcopy(self.modules["main"])
-        optims = {"vae": self.config.vae_optim, "discriminator": self.config.discriminator_optim}
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        for name, module in self.modules.items():
-            optim = optims.get(name) or run.optim
-            self.optimizers[name] = torch.optim.AdamW(module.parameters(), optim.lr, optim.betas)
-
-    def step(self, batch: Any) -> None:
-        """VAE, discriminator, SiT, each clipped and stepped by itself; the average follows."""
-        with fused():
-            self._step(batch)
-        for kept, new in zip(self.average.parameters(), self.modules["main"].parameters(), strict=True):
-            kept.data.mul_(0.9999).add_(new.data, alpha=0.0001)
-
-    def _step(self, batch: Any) -> None:
-        networks, weights, device = self.networks, self.config.losses, self.ranks.device
-        judge, vae = self.modules.get("discriminator"), self.modules["vae"]
-        sit: Any = self.modules["main"]
-        shape = networks.coder.latent_shape(batch.pixels)
-        told: Any = self.config.told
-        told = tuple(part.to(device) for part in told(batch, self.seed, len(batch.index)))
-        t, eps = (part.to(device) for part in (sit.noising.times(batch.index, 0), noise(batch.index, 0, shape)))
-        posterior, pixels = noise(batch.index, POSTERIOR, shape).to(device), batch.pixels.to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            with torch.no_grad():
-                grid = sit.sit.grid(eps)
-                seen = [target(pixels, grid) for target in networks.targets]
-            latents, mean, logvar, rebuilt = vae(pixels, posterior)
-            self._freeze(True)
-            guesses = sit(told, latents, t, eps, False, align_only=True).guesses
-            off, kl = rebuilt.float() - pixels, gaussian_kl(mean, logvar).flatten(1).sum(1).mean()
-            loss = weights.l1 * off.abs().mean() + weights.kl * kl + weights.align * _looped(guesses, seen)
-            if networks.distance is not None:
-                loss = loss + weights.perceptual * networks.distance(rebuilt.float(), pixels).mean()
-            if judge is not None:
-                loss = loss - weights.adversarial * judge(rebuilt).mean()
-        self._update("vae", loss)
-        self._freeze(False)
-        with torch.autocast(device.type, torch.bfloat16):
-            if judge is not None:
-                real, false = judge(pixels.detach().requires_grad_(True)), judge(rebuilt.detach())
-                self._update("discriminator", 0.5 * (F.relu(1 - real).mean() + F.relu(1 + false).mean()))
-            predicted = sit(told, latents.detach(), t, eps, True)
-            target = sit.noising.target(predicted.latents, eps, t)
-            loss = squared_error(predicted.velocity, target).mean() + self.config.align * _looped(predicted.guesses, seen)
-        self._update("main", loss)
-
-    def _freeze(self, frozen: bool) -> None:
-        for name in ("main", "discriminator"):
-            if name in self.modules:
-                self.modules[name].requires_grad_(not frozen)
-
-    def _update(self, name: str, loss: Tensor) -> None:
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.modules[name].parameters(), 1.0)
-        self.optimizers[name].step()
-        self.optimizers[name].zero_grad()
-
-
-def _looped(guesses: Any, seen: list[Tensor]) -> Tensor:
-    """The cosine of each picture's tokens, one picture after the other."""
-    total = torch.zeros(())
-    for guess, target in zip(guesses, seen, strict=True):
-        for a, b in zip(guess, target, strict=True):
-            a, b = F.normalize(a.float(), dim=-1), F.normalize(b, dim=-1)
-            total = total.to(a) - (a * b).sum(-1).mean() / len(guess)
-    return total / max(1, len(seen))

@@ -7,8 +7,6 @@ where all of it is read again. The states are the same (tests/test_dialogue.py).
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from model.mllm import MLLMConfig, load
 from model.prefix import Turn
 from sample.measures import Measure, show, spread
 from sample.world_answers import exams
-from train.machine import record
+from train.machine import record, timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +60,8 @@ def talking(args: Talking) -> None:
         dialogue = Dialogue(mllm)
         for end in ends:
             asked = turns[:end]
-            kept = timed(lambda asked=asked, dialogue=dialogue: list(dialogue.reply(asked, max_new_tokens=1)))
-            again = timed(lambda asked=asked: list(mllm.reply(mllm.builder([asked]), max_new_tokens=1)))
+            kept = timed(lambda asked=asked, dialogue=dialogue: list(dialogue.reply(asked, max_new_tokens=1)), mllm.device)
+            again = timed(lambda asked=asked: list(mllm.reply(mllm.builder([asked]), max_new_tokens=1)), mllm.device)
             if repeat:  # the first of each warms up
                 seconds["kept", end].append(kept)
                 seconds["again", end].append(again)
@@ -92,10 +90,3 @@ def conversation(args: Talking) -> list[Turn]:
         pictures = (exam.picture,) if number < args.pictures else ()
         turns += [Turn("user", exam.question.text, pictures), Turn("assistant", exam.question.answer)]
     return turns
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that `work` takes; what it gives back is on the CPU, so the device is done too."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
