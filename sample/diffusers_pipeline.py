@@ -224,7 +224,7 @@ class MetaQueryPipeline(_Coat):
         width: int | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float = 3.0,
-        image_guidance_scale: float = 1.0,
+        image_guidance_scale: float = 3.0,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         negative_prompt: str = "",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes
 
 from sample.progress import progress
-from sample.settings import Drawing, Guidance
+from sample.settings import Drawing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Edits:
     """Where to write the measures."""
     grid: Path | None = None
     """Where to write a PNG of the first of each kind, with verdicts."""
-    drawing: Annotated[Drawing, OmitArgPrefixes] = Drawing(guidance=Guidance(image=3.0))
+    drawing: Annotated[Drawing, OmitArgPrefixes] = Drawing()
 
 
 def edits(args: Edits) -> None:

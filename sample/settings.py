@@ -15,8 +15,8 @@ class Guidance:
 
     text: Annotated[float, arg(name="guidance")] = 3.0
     """How strongly to follow the prompt; 1 follows it plainly, in half the time."""
-    image: Annotated[float, arg(name="image-guidance")] = 1.0
-    """How strongly to follow the pictures to start from."""
+    image: Annotated[float, arg(name="image-guidance")] = 3.0
+    """How strongly to follow the pictures to start from; as strongly as the prompt, it costs no third branch."""
     start: Annotated[float, arg(name="guidance-start")] = 0.0
     """Guide at times from here (0 data, 1 noise; Kynkäänniemi et al. 2024); outside, the prompt alone decides."""
     end: Annotated[float, arg(name="guidance-end")] = 1.0

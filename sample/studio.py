@@ -91,7 +91,7 @@ def previews(pipeline: Pipeline, drawing: Drawing, show: Callable[[str, tuple[Im
 
 
 def drawing_from(
-    steps: object, guidance: object, solver: object = "dpm++", negative: object = "", image_guidance: object = 1.0
+    steps: object, guidance: object, solver: object = "dpm++", negative: object = "", image_guidance: object = 3.0
 ) -> Drawing:
     """The settings of a page's fields.
 
