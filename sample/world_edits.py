@@ -172,8 +172,8 @@ def conversing(
     return measures, held
 
 
-def grid(judged: Sequence[Judged], dialogues: Sequence[Dialogue], rows: int = 12) -> Image.Image:
-    """The first of each kind with what was given, what was drawn and its verdict; below, conversations turn by turn."""
+def grid(judged: Sequence[Judged], dialogues: Sequence[Dialogue], rows: int = 6) -> Image.Image:
+    """The first of each kind with what was given, what was drawn and its verdict; beside them, conversations turn by turn."""
     kinds = dict.fromkeys(one.ask.kind for one in judged)
     shown = [one for kind in kinds for one in islice((j for j in judged if j.ask.kind == kind), rows)]
     before_after = [
@@ -181,16 +181,19 @@ def grid(judged: Sequence[Judged], dialogues: Sequence[Dialogue], rows: int = 12
         for one in shown
         if one.source is not None
     ]
-    sheets = [table(("given", "drawn"), before_after)]
-    for dialogue in dialogues[:rows]:
+    left = table(("given", "drawn"), before_after)
+    talks = []
+    for dialogue in dialogues[: 3 * rows]:
         texts = " / ".join(step.text for step, _, _ in dialogue.steps)
         cells = tuple(Cell(picture, right) for _, picture, right in dialogue.steps)
-        sheets.append(table(tuple(f"turn {turn}" for turn in range(1, 1 + len(cells))), [Row(texts, cells)]))
-    canvas = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+        talks.append(table(tuple(f"turn {turn}" for turn in range(1, 1 + len(cells))), [Row(texts, cells)]))
+    height = max(left.height, sum(talk.height for talk in talks))
+    canvas = Image.new("RGB", (left.width + max((talk.width for talk in talks), default=0), height), "white")
+    canvas.paste(left, (0, 0))
     top = 0
-    for one in sheets:
-        canvas.paste(one, (0, top))
-        top += one.height
+    for talk in talks:
+        canvas.paste(talk, (left.width, top))
+        top += talk.height
     return canvas
 
 
