@@ -173,7 +173,7 @@ def conversing(
 
 
 def grid(judged: Sequence[Judged], dialogues: Sequence[Dialogue], rows: int = 6) -> Image.Image:
-    """The first of each kind with what was given, what was drawn and its verdict; beside them, conversations turn by turn."""
+    """The first of each kind with what was given, what was drawn and its verdict; beside them, conversations by turn."""
     kinds = dict.fromkeys(one.ask.kind for one in judged)
     shown = [one for kind in kinds for one in islice((j for j in judged if j.ask.kind == kind), rows)]
     before_after = [
