@@ -51,13 +51,14 @@ class Connector(nn.Module):
         self._init_weights(gain)
 
     def forward(self, states: Tensor, looked: Looked | None = None) -> Tensor:
-        """MLLM states [B, Q, D], and where it looks what was made of the pictures -> conditioning [B, Q, C]."""
+        """MLLM states [B, Q, D], and where it looks what was made of the pictures (None: there are none) -> conditioning
+        [B, Q, C]."""
         x = states.to(next(self.project.parameters()).dtype)  # [B, Q, D]
         seen = mask = None
         if self.ages is not None:
-            assert looked is not None, "a connector that looks is given what there is to see"
-            seen = looked.states.to(x.dtype) + self.ages(looked.ages.clamp(max=AGES - 1)).to(x.dtype)  # [B, V, D]
-            mask = F.pad(looked.ages > 0, (1, 0), value=True)[:, None, None]  # [B, 1, 1, 1 + V]
+            states, ages = looked or (x[:, :0], torch.zeros(len(x), 0, dtype=torch.long, device=x.device))
+            seen = states.to(x.dtype) + self.ages(ages.clamp(max=AGES - 1)).to(x.dtype)  # [B, V, D]
+            mask = F.pad(ages > 0, (1, 0), value=True)[:, None, None]  # [B, 1, 1, 1 + V]
         for layer in self.layers:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, seen, mask, use_reentrant=False)

@@ -109,7 +109,9 @@ def build(args: Drawn) -> MetaQuery:
         model = load(args.release).place(args.device)
     else:
         model = _random(args)
-        object.__setattr__(model.mllm, "builder", SimpleNamespace(draw=lambda *asked: blank(model, args, *asked)))
+        object.__setattr__(
+            model.mllm, "builder", SimpleNamespace(draw=lambda *asked: blank(model, args, *asked), image_id=None)
+        )
     if args.precision == "bf16":
         nn.Module.to(model, torch.bfloat16)
         nn.Module.to(model.vae.autoencoder, torch.bfloat16)
