@@ -212,7 +212,7 @@ def test_mistakes_on_the_command_line_exit_with_two(folder, tmp_path, capsys):
         "talk.json is not a file": [*mllm, "--resume", tmp_path / "talk.json", "hello"],
         "/nonsense is no command": [*mllm, "/nonsense"],
         "--temperature nan": [*mllm, "--temperature", "nan", "hello"],
-        "reset the conversation": [*mllm, "--max-new-tokens", "1000000", "hello"],
+        "begin a new one": [*mllm, "--max-new-tokens", "1000000", "hello"],
     }
     for words, arguments in cases.items():
         assert run(chat.main, list(map(str, arguments))) == 2
