@@ -28,6 +28,7 @@ from sample.cli import run
 
 LINES = 12  # of a command's output that the page shows, at most
 PATIENCE = 600.0  # seconds that a command may take
+STOPPED = 130  # the exit code of what a signal ends
 SHORT = "--schedule.steps 2 --schedule.save-every 2 --schedule.preview-every 0 --schedule.batch-size"
 
 ADDED: tuple[tuple[str, str], ...] = (
@@ -189,10 +190,11 @@ def carry_out(planned: Done, folder: Path) -> Done:
         )
         address = next((address for part, address in SERVERS if part in planned.command), None)
         try:
-            if address is not None:
-                wait_for(address, process)
+            if address is not None and answers(address, process):
                 os.killpg(process.pid, signal.SIGTERM)
-            code = process.wait(PATIENCE)
+                code = {STOPPED: 0}.get(process.wait(PATIENCE), process.returncode)
+            else:
+                code = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
@@ -201,15 +203,16 @@ def carry_out(planned: Done, folder: Path) -> Done:
     return Done(planned.command, planned.added, "", code, output, time.perf_counter() - began)
 
 
-def wait_for(address: str, process: subprocess.Popen) -> None:
-    """Until a server answers, or its process has ended."""
+def answers(address: str, process: subprocess.Popen) -> bool:
+    """Waits for a server; False when its process has ended, or it takes too long."""
     until = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < until:
         try:
             urllib.request.urlopen(address, timeout=5).read()
-            return
+            return True
         except OSError:
             time.sleep(0.5)
+    return False
 
 
 def page(done: list[Done]) -> str:
