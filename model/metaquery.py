@@ -52,8 +52,10 @@ class Heard(NamedTuple):
 
 def hear(mllm: FrozenMLLM, queries: Queries, connector: Connector, prefix: Prefix | Prefilled) -> Heard:
     """Ask the MLLM the queries after the prefix."""
+    if not connector.config.looks:
+        return Heard(mllm.read(prefix, queries()))
     known = prefix if isinstance(prefix, Prefilled) else mllm.prefill(prefix)
-    return Heard(mllm.read(known, queries()), known.looked() if connector.config.looks else None)
+    return Heard(mllm.read(known, queries()), known.looked())
 
 
 class Bridge(nn.Module):

@@ -45,11 +45,11 @@ ADDED: tuple[tuple[str, str], ...] = (
     ("train.doctor", "--schedule.batch-size 8"),
     ("sample.evaluate world", "--n 2 --images 4"),
     ("sample.evaluate edits", "--n 2"),
-    ("sample.evaluate parity", "--pictures 2"),
+    ("sample.evaluate parity", "--images 2"),
     ("sample.evaluate decoder", "--images 8 --steps 2"),
     ("train.benchmark metaquery", "--batch-size 1 --repeats 1 --small.layers 2"),
     ("train.benchmark drawing", "--steps 2 --repeats 1"),
-    ("train.benchmark loader", "--batches 2 --repeats 1"),
+    ("train.benchmark loader", "--samples 100 --shard-size 50 --repeats 1"),
     ("data.world check", "--n 20"),
 )
 """(a pattern that the command contains, what is added to it so that it takes seconds); the first that fits counts."""
