@@ -18,6 +18,7 @@ from model.connector import ConnectorConfig
 from model.decoder import SiTDecoderConfig, load_sit
 from model.files import dump_config, parse_config, read_json
 from model.mllm import MLLMConfig, load
+from model.prefix import Prefix
 from model.qwen import Qwen2_5_VL
 from model.vae import VAEConfig, load_vae
 from train.autoencoder import AutoencoderTaskConfig
@@ -190,6 +191,7 @@ def test_a_bridge_learns_its_decoder_s_language_and_goes_on_to_draw(folder):
     batch = next(task.batches(12 * 4))
     words = ["none" if word == 1 else "" for word in batch.words[:, 1:, 0].flatten().tolist()]
     assert "none" in words
+    assert isinstance(batch.asked, Prefix)
     with torch.no_grad():
         given, told = release.condition(batch.asked)[:, :6], task.labels(batch.words, batch.places)
         ways = task.labels(batch.open_words, batch.open_places)
@@ -228,7 +230,8 @@ def test_a_pool_is_read_once_and_told_again(folder, tmp_path):
     assert batches[2] is batches[0]
     anew = next(replace(run.task, pool=0).build(run, ranks).batches(0))
     torch.testing.assert_close(task.engine(batches[0].asked), task.engine(anew.asked))
-    assert not any(parameter.requires_grad for parameter in task.model.queries.parameters())
+    assert task.model.queries is not None
+    assert not task.model.queries.vectors.requires_grad
     with pytest.raises(ValueError, match=r"task\.pool is 7"):
         replace(run.task, pool=7).build(run, ranks)
 
