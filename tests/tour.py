@@ -77,6 +77,9 @@ LEFT_OUT: tuple[tuple[str, str], ...] = (
 )
 """(a pattern that the command contains, why it is not run)."""
 
+OWN = {line.strip().strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()} | {".git"}
+"""What is no part of a checkout: what was made in it."""
+
 SERVERS: tuple[tuple[str, str], ...] = (
     ("sample.app", "http://127.0.0.1:7860"),
     ("sample.serve", "http://127.0.0.1:8000/health"),
@@ -140,7 +143,7 @@ def tour(folder: Path, only: str = "") -> Iterator[Done]:
 
 
 def copy(folder: Path) -> None:
-    """The files that git knows, and what the commands expect of a user: a picture, prompts, a folder of pictures."""
+    """The checkout as it came, and what the commands expect of a user: a picture, prompts, a folder of pictures."""
     from PIL import Image
 
     from data.world.captions import describe
@@ -148,11 +151,9 @@ def copy(folder: Path) -> None:
     from data.world.scene import make_scene, random_for
 
     shutil.rmtree(folder, ignore_errors=True)
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
-    for name in listed.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
+    shutil.copytree(
+        ROOT, folder, ignore=lambda at, names: OWN & {*names} if Path(at) == ROOT else {"__pycache__"} & {*names}
+    )
     (folder / "PICTURES").mkdir()
     for number in range(8):
         scene = make_scene(1, number, "val")
