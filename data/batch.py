@@ -61,9 +61,7 @@ class LabelledBatch:
     labels: torch.Tensor | tuple[dict[str, Any], ...]  # [B] long for class numbers; scenes stay JSON objects
     pixels: torch.Tensor  # [B, 3, H, W] in [-1, 1]
     latents: torch.Tensor | None = None  # [B, c, h, w] float16, of unit variance, where they are known
-    points: tuple[torch.Tensor, torch.Tensor] | None = (
-        None  # colours and shapes [B, T, K] of scenes, where they are asked for
-    )
+    points: tuple[torch.Tensor, torch.Tensor] | None = None  # colours, shapes [B, T, K] of scenes, where asked for
 
     @property
     def scenes(self) -> tuple[dict[str, Any], ...]:

@@ -49,6 +49,11 @@ class Heard(NamedTuple):
     states: Tensor  # [B, Q, D]
     looked: Looked | None = None
 
+    def to(self, device: torch.device | str) -> "Heard":
+        """The same on another device."""
+        looked = self.looked and Looked(*(part.to(device) for part in self.looked))
+        return Heard(self.states.to(device), looked)
+
 
 def hear(mllm: FrozenMLLM, queries: Queries, connector: Connector, prefix: Prefix | Prefilled) -> Heard:
     """Ask the MLLM the queries after the prefix."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,7 +28,6 @@ from data.world.labels import CHOICES, OBJECTS, absent, encode_choice, encode_wa
 from data.world.wanted import Wanted
 from model.labels import Labels, load_labels
 from model.metaquery import Bridge, Heard, MetaQuery, MetaQueryConfig, build
-from model.prefilled import Looked
 from model.prefix import Prefix, PrefixBuilder
 from train.engine import Engine, micro_batch_size
 from train.metaquery import BridgeTask, start_from
@@ -149,16 +149,13 @@ class TellTask(BridgeTask):
                 batch = self.asks[place]
                 assert isinstance(batch.asked, Prefix)
                 with torch.no_grad():
-                    states, looked = bridge.hear(batch.asked.to(self.ranks.device))
-                assert looked is not None or not bridge.connector.config.looks
-                kept = Heard(states.cpu(), looked and Looked(*(part.cpu() for part in looked)))
-                known[place] = batch._replace(asked=kept)
+                    known[place] = batch._replace(asked=bridge.hear(batch.asked.to(self.ranks.device)).to("cpu"))
             yield known[place]
 
     def step(self, batch: ToldBatch) -> dict[str, Tensor]:
         """Mean square of conditioning - label tokens (which have mean square 1): of the told tokens, plus of the spare; and
         the former by kind of what is asked."""
-        given = self.engine(self._there(batch.asked)).float()  # [B, Q, C]
+        given = self.engine(batch.asked.to(self.ranks.device)).float()  # [B, Q, C]
         off = told_error(given[:, :TOLD], batch, self.labels)  # [B]
         loss = off.mean()
         objective = loss
@@ -167,13 +164,6 @@ class TellTask(BridgeTask):
         self.engine.backward(objective)
         self.engine.step()
         return {"loss": loss.detach(), **self._by_kind(off.detach(), batch.kinds.to(off.device))}
-
-    def _there(self, asked: Prefix | Heard) -> Prefix | Heard:
-        """On this rank's device."""
-        device = self.ranks.device
-        if isinstance(asked, Prefix):
-            return asked.to(device)
-        return Heard(asked.states.to(device), asked.looked and Looked(*(part.to(device) for part in asked.looked)))
 
     def _by_kind(self, off: Tensor, kinds: Tensor) -> dict[str, Tensor]:
         """The error of each kind that is asked: its sum over the number that is to be expected, which no batch lacks."""
@@ -193,9 +183,14 @@ def told_error(given: Tensor, batch: ToldBatch, labels: Labels) -> Tensor:
     each = _squares(given[:, 1:], told[:, 1:])  # [B, N, N]: an object given against one told
     best = _squares(given[:, 1:], ways).amin(-1, keepdim=True)  # [B, N, 1]
     each = each.scatter(2, open, best)
-    orders = torch.tensor(list(permutations(range(OBJECTS))), device=device)  # [N!, N]
-    by_order = each[:, torch.arange(OBJECTS, device=device), orders].sum(-1)  # [B, N!]
+    by_order = each[:, torch.arange(OBJECTS, device=device), _orders(device)].sum(-1)  # [B, N!]
     return (ground + by_order.amin(-1)) / TOLD
+
+
+@lru_cache
+def _orders(device: torch.device) -> Tensor:
+    """Every order of the objects, [N!, N]."""
+    return torch.tensor(list(permutations(range(OBJECTS))), device=device)
 
 
 def _squares(a: Tensor, b: Tensor) -> Tensor:
