@@ -49,18 +49,21 @@ class ConnectorModel(ModelMixin, ConfigMixin):
     """The connector, and the queries that it hears the answers to."""
 
     @register_to_config
-    @_takes(ConnectorConfig, "width", "out_width", "num_queries", "read")
-    def __init__(self, width: int, out_width: int, num_queries: int, read: str, **settings: Any):
+    @_takes(ConnectorConfig, "width", "out_width", "seen_width", "num_queries", "read")
+    def __init__(self, width: int, out_width: int, seen_width: int, num_queries: int, read: str, **settings: Any):
         super().__init__()
         self.queries = Queries(num_queries, width) if read == "queries" else None
-        self.connector = Connector(parse_config(ConnectorConfig, settings, _where("connector")), width, out_width)
+        config = parse_config(ConnectorConfig, settings, _where("connector"))
+        self.connector = Connector(config, width, out_width, seen_width=seen_width)
 
     @classmethod
     def of(cls, queries: Queries | None, connector: Connector, count: int) -> "ConnectorModel":
         """Holds the very modules; `count` is Q."""
         width, out_width = connector.project[0].in_features, connector.norm.weight.shape[0]
         read = "prompt" if queries is None else "queries"
-        made = cls(width=width, out_width=out_width, num_queries=count, read=read, **asdict(connector.config))
+        seen_width = 0 if connector.ages is None else connector.ages.embedding_dim
+        sizes = {"width": width, "out_width": out_width, "seen_width": seen_width}
+        made = cls(**sizes, num_queries=count, read=read, **asdict(connector.config))
         made.queries, made.connector = queries, connector
         return made.eval()
 

@@ -1,7 +1,8 @@
 """What the MLLM answered to the queries [B, Q, D] -> conditioning of the decoder [B, Q, C].
 
 A bidirectional transformer at the MLLM's width, then a projection (the Enc-Proj order of MetaQueries, Pan et al.
-2025). Letters: B batch, Q queries, V visual tokens, D MLLM width, C conditioning width."""
+2025). Letters: B batch, Q queries, P prefix tokens, D MLLM width, S width
+of what is looked at, C conditioning width."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from model.attention import HeadNorm, RMSNorm, attend, merge_heads, split_heads
 from model.prefilled import Looked
 
 AGES = 8
-"""Pictures that are told apart, the last first; those before them share an age. Age 0 is padding."""
+"""Pictures that are told apart, the last first, and so are the words between them; those before share an age."""
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,26 @@ class ConnectorConfig:
     heads: int | None = None
     mlp_ratio: float = 4.0
     looks: bool = False
-    """Each layer also looks at what the MLLM made of the pictures: where things stand in one is hard to say in few queries,
-    and what an edit leaves alone has to stay where it is."""
+    """Each layer also looks at what the MLLM made of pictures and words: where things stand in a picture is hard to say in
+    few queries, and what an edit leaves alone has to stay where it is."""
     activation_checkpointing: bool = False
 
 
 class Connector(nn.Module):
-    """See the module's head. `gain` is what the decoder expects the RMS of its conditioning to be."""
+    """See the module's head. `gain` is what the decoder expects the RMS of its conditioning to be; `seen_width` is S, and
+    matters where it looks."""
 
-    def __init__(self, config: ConnectorConfig, width: int, out_width: int, gain: float = 1.0):
+    def __init__(self, config: ConnectorConfig, width: int, out_width: int, gain: float = 1.0, seen_width: int = 0):
         super().__init__()
         heads = config.heads or _default_heads(width)
         if width % heads or (width // heads) % 2:
             raise ValueError(f"connector.heads {heads} must split the MLLM's width {width} into even parts")
         self.config = config
         self.layers = nn.ModuleList(
-            ConnectorLayer(width, heads, int(config.mlp_ratio * width), config.looks) for _ in range(config.layers)
+            ConnectorLayer(width, heads, int(config.mlp_ratio * width), seen_width * config.looks)
+            for _ in range(config.layers)
         )
-        self.ages = nn.Embedding(AGES, width) if config.looks else None
+        self.ages = nn.Embedding(2 * AGES, seen_width) if config.looks else None  # of pictures, then of words
         self.project = nn.Sequential(
             nn.Linear(width, out_width), nn.GELU(approximate="tanh"), nn.Linear(out_width, out_width)
         )
@@ -51,14 +54,17 @@ class Connector(nn.Module):
         self._init_weights(gain)
 
     def forward(self, states: Tensor, looked: Looked | None = None) -> Tensor:
-        """MLLM states [B, Q, D], and where it looks what was made of the pictures (None: there are none) -> conditioning
+        """MLLM states [B, Q, D], and where it looks what was made of the prefix (None: of nothing) -> conditioning
         [B, Q, C]."""
         x = states.to(next(self.project.parameters()).dtype)  # [B, Q, D]
         seen = mask = None
         if self.ages is not None:
-            states, ages = looked or (x[:, :0], torch.zeros(len(x), 0, dtype=torch.long, device=x.device))
-            seen = states.to(x.dtype) + self.ages(ages.clamp(max=AGES - 1)).to(x.dtype)  # [B, V, D]
-            mask = F.pad(ages > 0, (1, 0), value=True)[:, None, None]  # [B, 1, 1, 1 + V]
+            none = x.new_zeros(len(x), 0, self.ages.embedding_dim), torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
+            states, ages = looked or none
+            kinds = (ages.abs() - 1).clamp(0, AGES - 1) + AGES * (ages < 0)
+            seen = states.to(x.dtype) + self.ages(kinds).to(x.dtype)  # [B, P, S]
+            seen = F.pad(seen, (0, 0, 1, 0))  # and one token that stands for nothing
+            mask = F.pad(ages != 0, (1, 0), value=True)[:, None, None]  # [B, 1, 1, 1 + P]
         for layer in self.layers:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, seen, mask, use_reentrant=False)
@@ -81,11 +87,11 @@ class Connector(nn.Module):
 
 
 class ConnectorLayer(nn.Module):
-    """Pre-norm attention: to the pictures, where it looks, and over all queries, both ways; then SwiGLU."""
+    """Pre-norm attention: to the prefix, where it looks, and over all queries, both ways; then SwiGLU."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int, looks: bool = False):
+    def __init__(self, width: int, heads: int, mlp_width: int, seen_width: int = 0):
         super().__init__()
-        self.look = Look(width, heads) if looks else None
+        self.look = Look(width, heads, seen_width) if seen_width else None
         self.heads = heads
         self.attention_norm = RMSNorm(width, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width)
@@ -96,7 +102,7 @@ class ConnectorLayer(nn.Module):
         self.down = nn.Linear(mlp_width, width, bias=False)
 
     def forward(self, x: Tensor, seen: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x [B, Q, D]; of the pictures seen [B, V, D], mask [B, 1, 1, 1 + V] -> [B, Q, D]."""
+        """x [B, Q, D]; seen [B, 1 + P, S], mask [B, 1, 1, 1 + P] -> [B, Q, D]."""
         if self.look is not None and seen is not None:
             x = x + self.look(x, seen, mask)
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.attention_norm(x)).chunk(3, dim=-1))
@@ -106,23 +112,22 @@ class ConnectorLayer(nn.Module):
 
 
 class Look(nn.Module):
-    """Queries attend to visual tokens, or to the one that stands for nothing."""
+    """Queries attend to the tokens of the prefix, or to one that stands for nothing."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, seen_width: int):
         super().__init__()
         self.heads = heads
-        self.norm, self.seen_norm = RMSNorm(width, eps=1e-6), RMSNorm(width, eps=1e-6)
-        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.q_norm, self.k_norm = HeadNorm(heads, width // heads), HeadNorm(heads, width // heads)
-        self.nothing = nn.Parameter(torch.zeros(1, 1, width))
+        self.norm = RMSNorm(width, eps=1e-6)
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(seen_width, 2 * width)
+        self.q_norm = HeadNorm(heads, width // heads)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, seen: Tensor, mask: Tensor | None) -> Tensor:
-        """x [B, Q, D], seen [B, V, D], mask [B, 1, 1, 1 + V] with the one for nothing first -> [B, Q, D]."""
-        seen = torch.cat([self.nothing.expand(len(seen), -1, -1).to(seen.dtype), self.seen_norm(seen)], dim=1)
+        """x [B, Q, D], seen [B, 1 + P, S] -> [B, Q, D]. Keys have no gain of their own: that of the queries, who
+        are fewer, serves for both."""
         q = split_heads(self.q(self.norm(x)), self.heads)
         k, v = (split_heads(part, self.heads) for part in self.kv(seen).chunk(2, dim=-1))
-        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v, mask)))
+        return self.out(merge_heads(attend(self.q_norm(q), F.rms_norm(k, k.shape[-1:]), v, mask)))
 
 
 def grown(tensors: Mapping[str, Tensor], connector: Connector) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from model.assets import fingerprint, tensors_of
-from model.prefilled import PASS_TOKENS, PASS_WORK, Prefilled, by_length, joined
+from model.prefilled import PASS_TOKENS, PASS_WORK, Prefilled, by_length, joined, looked_layers
 from model.prefix import Prefix, PrefixBuilder
 
 
@@ -70,6 +70,13 @@ class FrozenMLLM:
     def embedding_std(self) -> float:
         """Of the token embeddings; queries start like them."""
         return float(self.model.get_input_embeddings().weight[: 1 << 14].float().std())
+
+    @property
+    def seen_width(self) -> int:
+        """Of what a connector may look at (`Looked.states`)."""
+        text = self.model.config.get_text_config()
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return self.width + len(looked_layers(text.num_hidden_layers)) * text.num_key_value_heads * head
 
     @property
     def device(self) -> torch.device:

@@ -14,12 +14,15 @@ from model.decoder import Decoder, DecoderConfig, build_decoder
 from model.hub import commit_of
 from model.mllm import FrozenMLLM, MLLMConfig, Prefilled, load, outline
 from model.noise import NoiseConfig, Noising, build_noising
-from model.prefilled import Looked
+from model.prefilled import Looked, by_length
 from model.prefix import Prefix
 from model.queries import Queries
 from model.sit import SiTOutput
 from model.trainable import choose_trainable
 from model.vae import LatentVAE, VAEConfig, load_vae
+
+GROUP_TOKENS = 3072
+"""What another pass through a connector that looks costs on a CPU, in tokens that could be looked at instead."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class MetaQueryConfig:
 
 
 class Heard(NamedTuple):
-    """What a connector is given: what the MLLM made of the queries, and of the pictures before them. A tuple, because ZeRO-3
+    """What a connector is given: what the MLLM made of the queries, and of all before them. A tuple, because ZeRO-3
     looks for tensors in tuples and looks into no dataclass."""
 
     states: Tensor  # [B, Q, D]
@@ -74,8 +77,15 @@ class Bridge(nn.Module):
         self.queries, self.connector = queries, connector
 
     def forward(self, asked: Prefix | Prefilled | Heard) -> Tensor:
-        """Prefix of B rows, or what the MLLM made of it -> conditioning [B, Q, C]."""
-        return self.connector(*(asked if isinstance(asked, Heard) else self.hear(asked)))
+        """Prefix of B rows, or what the MLLM made of it -> conditioning [B, Q, C]. On a CPU, rows of like length are told
+        apart, where that spares looking at padding."""
+        states, looked = asked if isinstance(asked, Heard) else self.hear(asked)
+        if looked is None or looked.ages.is_cuda:
+            return self.connector(states, looked)
+        lengths = (looked.ages != 0).sum(1).tolist()
+        groups = by_length(lengths, GROUP_TOKENS)
+        told = [self.connector(states[rows], looked.select(rows, max(lengths[row] for row in rows))) for rows in groups]
+        return torch.cat(told)[torch.tensor([row for rows in groups for row in rows]).argsort()]
 
     def hear(self, prefix: Prefix | Prefilled) -> Heard:
         """Ask the MLLM the queries after the prefix."""
@@ -196,7 +206,9 @@ def assemble(config: MetaQueryConfig, mllm: FrozenMLLM, vae: LatentVAE, decoder:
             "lower queries or raise the decoder's condition_tokens"
         )
     queries = Queries(config.queries, mllm.width, embedding_std) if config.read == "queries" else None
-    connector = Connector(config.connector, mllm.width, decoder.condition_width, decoder.condition_gain)
+    connector = Connector(
+        config.connector, mllm.width, decoder.condition_width, decoder.condition_gain, seen_width=mllm.seen_width
+    )
     return MetaQuery(config, mllm, vae, queries, connector, decoder)
 
 

@@ -14,15 +14,24 @@ from torch import Tensor
 
 PASS_TOKENS = 256
 """What one more pass through the model costs on a CPU, in tokens that could be read instead."""
+LOOKED_LAYERS = 6
+"""Layers of the cache that are looked at, evenly from the first to the last, where there are more."""
 PASS_WORK = 5e12
 """What it costs on a GPU, which is waiting for work to be named to it: in parameters times tokens."""
 
 
 class Looked(NamedTuple):
-    """What the model made of the pictures of each row. V: visual tokens of the row that has most."""
+    """What the model made of all that was said and shown: a token's values in the cache, from layers that know what it is
+    to those that know what it means, and its last state; each of RMS 1."""
 
-    states: Tensor  # [B, V, D]
-    ages: Tensor  # [B, V] long: 1 for the last picture of the row, 2 for the one before it, ...; 0 where there is no token
+    states: Tensor  # [B, P, S]
+    ages: Tensor  # [B, P] long: 1 on the last picture of a row, 2 on the one before it, ...; -1 on words after the last
+    # picture, -2 on those between it and the one before, ...; 0 on padding
+
+    def select(self, rows: Sequence[int], count: int) -> "Looked":
+        """The last `count` tokens of these rows."""
+        index = torch.tensor(list(rows), device=self.ages.device)
+        return Looked(self.states[index, self.ages.shape[1] - count :], self.ages[index, self.ages.shape[1] - count :])
 
 
 @dataclass(frozen=True)
@@ -74,15 +83,20 @@ class Prefilled:
         )
 
     def looked(self) -> Looked:
-        """States and ages of the tokens that stand for pictures; a picture ends where its tokens do."""
+        """States and ages of all tokens, padding first; a picture ends where its tokens do."""
         ends = self.pictures & ~F.pad(self.pictures[:, 1:], (0, 1))  # [B, P]
-        ages = ends.long().flip(1).cumsum(1).flip(1) * self.pictures  # [B, P]
-        if self.pictures.is_cuda:  # counting them would wait for the device: all tokens are kept, most of age 0
-            return Looked(self.states, ages)
-        order = self.pictures.byte().argsort(dim=1, stable=True)[:, self.mask.shape[1] - int(self.pictures.sum(1).max()) :]
-        return Looked(
-            self.states.gather(1, order.unsqueeze(-1).expand(-1, -1, self.states.shape[-1])), ages.gather(1, order)
-        )
+        to_come = ends.long().flip(1).cumsum(1).flip(1)  # [B, P]: pictures that end here or later
+        ages = torch.where(self.pictures, to_come, -1 - to_come) * self.mask
+        order = self.mask.byte().argsort(dim=1, stable=True)
+        if not self.mask.is_cuda:  # counting what is padding in every row would wait for a GPU
+            order = order[:, self.mask.shape[1] - int(self.mask.sum(1).max()) :]
+        states = torch.cat([F.rms_norm(part, part.shape[-1:]) for part in self._parts()], dim=-1)  # [B, P, S]
+        return Looked(states.gather(1, order.unsqueeze(-1).expand(-1, -1, states.shape[-1])), ages.gather(1, order))
+
+    def _parts(self) -> list[Tensor]:
+        """Values of layers, and the last states, [B, P, ..] each."""
+        layers = looked_layers(len(self.layers))
+        return [*(self.layers[number][1].transpose(1, 2).flatten(2) for number in layers), self.states]
 
     def last_states(self, count: int) -> Tensor:
         """States of the last `count` prefix tokens, [B, count, D]; zero where a row is shorter."""
@@ -90,6 +104,11 @@ class Prefilled:
         states = (self.states * self.mask.unsqueeze(-1)).gather(1, order.unsqueeze(-1).expand_as(self.states))
         missing = max(0, count - states.shape[1])
         return F.pad(states, (0, 0, missing, 0))[:, -count:]
+
+
+def looked_layers(count: int) -> list[int]:
+    """Which of so many layers are looked at."""
+    return torch.linspace(0, count - 1, min(LOOKED_LAYERS, count)).round().long().tolist()
 
 
 def by_length(lengths: Sequence[int], pass_tokens: int = PASS_TOKENS) -> list[list[int]]:

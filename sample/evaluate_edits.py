@@ -28,6 +28,8 @@ class Edits:
     """Where to write the measures."""
     grid: Path | None = None
     """Where to write a PNG of the first of each kind, with verdicts."""
+    html: Path | None = None
+    """Where to write all of it as one page, pictures included."""
     drawing: Annotated[Drawing, OmitArgPrefixes] = Drawing()
 
 
@@ -60,5 +62,11 @@ def edits(args: Edits) -> None:
     if args.grid is not None:
         picture = grid(judged, held)
         write_whole(args.grid, lambda temporary: picture.save(temporary, format="PNG"))
+    told = protocol(args, parts_of(pipeline.model))
     if args.json is not None:
-        write_json(args.json, measures, protocol(args, parts_of(pipeline.model)))
+        write_json(args.json, measures, told)
+    if args.html is not None:
+        from sample.report_html import edit_figures, page
+
+        text = page(f"How {args.release} edits", measures, told, edit_figures(judged, held))
+        write_whole(args.html, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -13,6 +13,8 @@ from sample.grid import Cell, Row
 from sample.measures import Measure, interval_of, value_of
 from sample.report import CONTROLS
 from sample.world_drawing import Judged
+from sample.world_edits import Dialogue
+from sample.world_edits import Judged as JudgedEdit
 
 SHOWN = 12  # pictures of a section
 SIDE = 256  # pixels along the longer side of a picture on the page, at most
@@ -83,6 +85,26 @@ def world_figures(judged: Sequence[Judged]) -> list[Section]:
         note = right + (f"; the first {SHOWN} shown" if len(ones) > SHOWN else "")
         rows = tuple(Row(one.asked.text, (Cell(one.picture, one.right),)) for one in ones[:SHOWN])
         sections.append(Section(f"{category.replace('_', ' ')}, {split}", note, rows))
+    return sections
+
+
+def edit_figures(judged: Sequence[JudgedEdit], dialogues: Sequence[Dialogue]) -> list[Section]:
+    """The first of each kind of edit, what was given beside what was drawn; then conversations, picture after picture."""
+    groups: dict[str, list[JudgedEdit]] = {}
+    for one in judged:
+        kind = one.ask.kind if one.ask.kind == one.ask.part else f"{one.ask.kind}: {one.ask.part}"
+        groups.setdefault(kind, []).append(one)
+    sections = []
+    for kind, ones in groups.items():
+        shown = ones[: SHOWN // 2]
+        given = [Row("given", (Cell(one.source),) if one.source else ()) for one in shown]
+        drawn = [Row(one.ask.turns[-1].text, (Cell(one.picture, one.verdict.whole),)) for one in shown]
+        rows = tuple(row for pair in zip(given, drawn, strict=True) for row in pair)
+        whole = sum(one.verdict.whole for one in ones)
+        sections.append(Section(kind, f"{whole} of {len(ones)} whole; the first {len(shown)} shown", rows))
+    for number, dialogue in enumerate(dialogues[:SHOWN], start=1):
+        rows = tuple(Row(step.text, (Cell(picture, right),)) for step, picture, right in dialogue.steps)
+        sections.append(Section(f"conversation {number}", "ends at the first picture that is not whole", rows))
     return sections
 
 

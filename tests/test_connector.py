@@ -71,24 +71,25 @@ def test_heads_must_split_the_width():
 
 def looking(layers: int = 2) -> Connector:
     torch.manual_seed(0)
-    return Connector(ConnectorConfig(layers=layers, looks=True), 64, 24)
+    return Connector(ConnectorConfig(layers=layers, looks=True), 64, 24, seen_width=48)
 
 
 def test_what_it_sees_counts_and_padding_does_not():
     connector, states = looking(), torch.randn(2, 5, 64)
-    seen, ages = torch.randn(2, 6, 64), torch.tensor([[0, 0, 2, 2, 1, 1], [0, 0, 0, 0, 0, 0]])
+    seen, ages = torch.randn(2, 6, 48), torch.tensor([[0, 0, -2, 1, 1, -1], [0, 0, 0, 0, 0, 0]])
     out = connector(states, Looked(seen, ages))
     trimmed = connector(states[:1], Looked(seen[:1, 2:], ages[:1, 2:]))
     torch.testing.assert_close(out[:1], trimmed)
     torch.testing.assert_close(out[1:], connector(states[1:], Looked(seen[1:, :0], ages[1:, :0])))
-    older = connector(states[:1], Looked(seen[:1, 2:], ages[:1, 2:] + 1))
-    assert (out[:1] - older).abs().max() > 1e-3
+    torch.testing.assert_close(out[1:], connector(states[1:]))
+    for other in (ages[:1, 2:] * 2, -ages[:1, 2:]):  # older, or words for pictures
+        assert (out[:1] - connector(states[:1], Looked(seen[:1, 2:], other))).abs().max() > 1e-3
 
 
 def test_a_connector_that_has_grown_says_what_it_said():
     """Further layers and eyes add nothing before they learn, and every tensor of the smaller one has to be there."""
     small, large = Connector(ConnectorConfig(layers=1), 64, 24), looking(3)
-    states, looked = torch.randn(2, 5, 64), Looked(torch.randn(2, 4, 64), torch.ones(2, 4, dtype=torch.long))
+    states, looked = torch.randn(2, 5, 64), Looked(torch.randn(2, 4, 48), torch.ones(2, 4, dtype=torch.long))
     large.load_state_dict(grown(small.state_dict(), large))
     torch.testing.assert_close(large(states, looked), small(states))
     damaged = {name: tensor for name, tensor in small.state_dict().items() if name != "layers.0.qkv.weight"}

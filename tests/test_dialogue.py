@@ -1,5 +1,7 @@
 """A conversation that is read as it grows, against reading all of it afresh, in every family."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -152,8 +154,8 @@ def test_a_conversation_that_is_too_long_is_refused_in_a_sentence(qwen):
         Dialogue(qwen).reply([Turn("user", "how many ?")], max_new_tokens=500)
 
 
-def test_what_was_made_of_pictures_is_the_same_read_at_once_or_on_the_way(tmp_path):
-    """Ages count pictures from the last, whatever was said between them."""
+def test_what_was_made_of_a_conversation_is_the_same_read_at_once_or_on_the_way(tmp_path):
+    """Ages count pictures from the last, and the words after, between and before them."""
     seeing = mllm.load(MLLMConfig(str(tiny.mllm_folder(tmp_path)), dtype="float32"))
     turns = [
         Turn("user", "a star?", (tiny.image(),)),
@@ -164,7 +166,8 @@ def test_what_was_made_of_pictures_is_the_same_read_at_once_or_on_the_way(tmp_pa
     dialogue.read(turns[:1])
     states, ages = dialogue.read(turns).looked()
     whole = seeing.prefill(seeing.builder([turns, [Turn("user", "hello")]])).looked()
-    torch.testing.assert_close(states[0], whole.states[0, whole.ages[0] > 0], atol=1e-5, rtol=1e-4)
-    assert ages.tolist() == [[2] * (ages == 2).sum() + [1] * (ages == 1).sum()]
+    torch.testing.assert_close(states[0], whole.states[0, whole.ages[0] != 0], atol=1e-5, rtol=1e-4)
+    assert torch.equal(ages[0], whole.ages[0, whole.ages[0] != 0])
+    assert [age for age, _ in itertools.groupby(ages[0].tolist())] == [-3, 2, -2, 1, -1]
     assert (ages == 1).sum() == (ages == 2).sum() > 0
-    assert not whole.ages[1].any()
+    assert [age for age, _ in itertools.groupby(whole.ages[1].tolist())] == [0, -1]

@@ -41,8 +41,8 @@ def test_every_run_builds_on_the_shipped_parts(name):
 
 def test_the_assets_are_small_and_readable_by_all():
     files = [path for path in ASSETS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 50 * 2**20
-    assert max(path.stat().st_size for path in files) <= 16 * 2**20
+    assert sum(path.stat().st_size for path in files) <= 64 * 2**20
+    assert max(path.stat().st_size for path in files) <= 24 * 2**20
     assert all(path.stat().st_mode & stat.S_IRGRP for path in files)
 
 

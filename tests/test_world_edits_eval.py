@@ -1,5 +1,6 @@
 """Pictures drawn for edits and dialogues are judged as their scenes would be, and the command writes what it found."""
 
+import itertools
 import subprocess
 import sys
 
@@ -101,12 +102,16 @@ def test_what_does_nothing_changes_nothing():
     assert len(judged) == 36
 
 
-def test_the_command_writes_measures_and_pictures(tmp_path):
-    options = ["--n", "1", "--steps", "1", "--json", str(tmp_path / "m.json"), "--grid", str(tmp_path / "g.png")]
+def test_the_command_writes_measures_pictures_and_a_page(tmp_path):
+    files = {f"--{kind}": str(tmp_path / f"out.{kind}") for kind in ("json", "grid", "html")}
+    options = ["--n", "1", "--steps", "1", *itertools.chain(*files.items())]
     evaluate.main(["edits", "--release", "assets/world/release", *options])
-    measures = read_json(tmp_path / "m.json")
+    measures = read_json(tmp_path / "out.json")
     assert {"edit.change", "edit.kept", "edit.three_turns", "subject.whole", "reconstruct.found"} < measures.keys()
-    assert Image.open(tmp_path / "g.png").width > 300
+    assert Image.open(tmp_path / "out.grid").width > 300
+    page = (tmp_path / "out.html").read_text()
+    assert 7 <= page.count("<img ") == page.count("data:image/png;base64,") <= 6 + TURNS  # three pairs, and a conversation
+    assert make_ask(0, 0, "val", "edit").turns[-1].text in page
 
 
 def test_wrong_numbers_are_refused():

@@ -13,10 +13,12 @@ from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from configs import world
 from data.loader import Data, World
 from data.world.asks import Mix
+from data.world.labels import KINDS_OF_WORDS
 from model import store
 from model.connector import ConnectorConfig
 from model.decoder import SiTDecoderConfig, load_sit
 from model.files import dump_config, parse_config, read_json
+from model.labels import load_labels
 from model.mllm import MLLMConfig, load
 from model.prefix import Prefix
 from model.qwen import Qwen2_5_VL
@@ -31,7 +33,7 @@ from train.metaquery import MetaQueryTaskConfig
 from train.optim import OptimConfig
 from train.ranks import start
 from train.see import SeeTaskConfig
-from train.tell import TellTaskConfig
+from train.tell import TellTaskConfig, reading_of
 
 SHORT = Schedule(steps=3, batch_size=4, log_every=1, save_every=2)
 FP32 = EngineConfig(zero=1, precision="fp32")
@@ -214,26 +216,74 @@ def test_a_bridge_learns_its_decoder_s_language_and_goes_on_to_draw(folder):
     assert not all(torch.equal(on[name], drawn[name]) for name in on.keys() - decoder)
 
 
-def test_a_pool_is_read_once_and_told_again(folder, tmp_path):
-    """Two passes over a pool of two batches: each batch as it would be read anew, by a model that reads twice."""
-    decoder = SiTDecoderConfig(path=str(folder / "teller" / "release"))
+@pytest.fixture(scope="module")
+def pooled(folder):
+    """A run that learns from pools of two batches, with a connector that looks."""
+    labelled = LabelledTaskConfig(sit=tiny.sit_config(), vae=VAEConfig(str(folder / "vae" / "release")))
+    data = Data(sources=(World(),), task="labelled", image_size=16)
+    train(Run("sit", labelled, data, SHORT, engine=FP32, out=folder / "pool teller"))
+    decoder = SiTDecoderConfig(path=str(folder / "pool teller" / "release"))
     connector = ConnectorConfig(layers=1, looks=True)
-    model = tiny.metaquery_config(tmp_path, decoder=decoder, queries=8, connector=connector)
+    model = tiny.metaquery_config(folder / "pooled", decoder=decoder, queries=8, connector=connector)
     data = Data(sources=(World(),), image_size=16)
-    run = Run("pool", TellTaskConfig(model, pool=8), data, SHORT, OptimConfig(lr=3e-3, warmup_steps=0), engine=FP32)
-    assert isinstance(run.task, TellTaskConfig)
+    return Run("pool", TellTaskConfig(model, pool=8), data, SHORT, OptimConfig(lr=3e-3, warmup_steps=0), engine=FP32)
+
+
+def test_a_pool_is_read_once_and_told_again(pooled):
+    """Two passes over a pool of two batches: each batch as it would be read anew, by a model that reads twice."""
     ranks = start(60)
-    task = run.task.build(run, ranks)
+    task = pooled.task.build(pooled, ranks)
     before = task.model.mllm.prefills
     batches = list(itertools.islice(task.batches(0), 4))
     assert task.model.mllm.prefills == before + 2
     assert batches[2] is batches[0]
-    anew = next(replace(run.task, pool=0).build(run, ranks).batches(0))
+    anew = next(replace(pooled.task, pool=0).build(pooled, ranks).batches(0))
     torch.testing.assert_close(task.engine(batches[0].asked), task.engine(anew.asked))
     assert task.model.queries is not None
     assert not task.model.queries.vectors.requires_grad
     with pytest.raises(ValueError, match=r"task\.pool is 7"):
-        replace(run.task, pool=7).build(run, ranks)
+        replace(pooled.task, pool=7).build(pooled, ranks)
+    with pytest.raises(ValueError, match=r"task\.passes is 2"):
+        replace(pooled.task, pool=0, passes=2).build(pooled, ranks)
+
+
+def test_a_pool_that_is_worn_out_makes_way_for_the_next_wherever_a_run_goes_on(pooled):
+    """Two passes over each pool; a run that goes on within one reads what it missed, and then the same."""
+    task = replace(pooled.task, passes=2).build(pooled, start(60))
+    anew = list(itertools.islice(task.asks, 4))  # two pools
+    batches = list(itertools.islice(task.batches(0), 8))
+    for batch, place in zip(batches, (0, 1, 0, 1, 2, 3, 2, 3), strict=True):
+        assert torch.equal(batch.words, anew[place].words)
+    before = task.model.mllm.prefills
+    for begun in (1, 2, 3, 5):
+        on = list(itertools.islice(task.batches(begun * 4), 8 - begun))
+        assert all(torch.equal(a.asked.states, b.asked.states) for a, b in zip(on, batches[begun:], strict=True))
+    assert task.model.mllm.prefills - before == 4 + 4 + 3 + 2
+
+
+def test_rows_of_like_length_are_told_apart_and_no_row_can_tell(pooled, monkeypatch):
+    task = pooled.task.build(pooled, start(60))
+    asked = next(task.batches(0)).asked
+    assert len(set((asked.looked.ages != 0).sum(1).tolist())) > 1
+    together = task.engine(asked)
+    monkeypatch.setattr("model.metaquery.GROUP_TOKENS", 0)  # each length by itself
+    torch.testing.assert_close(task.engine(asked), together)
+
+
+def test_a_reading_of_label_tokens_says_how_far_off_a_place_is():
+    """Four times the square of the way for the place, half for a wrong word, whatever else a token says."""
+    labels = load_labels("assets/world/sit")
+    reading = reading_of(labels)
+    words = torch.tensor([[kind[0] for kind in KINDS_OF_WORDS]]).repeat(2, 1)
+    words[1, 0] = KINDS_OF_WORDS[0][3]
+    for way in (0.1, 0.4):
+        places = torch.tensor([[0.3, 0.5, 0.0], [0.3 + way, 0.5, 0.0]])
+        moved, recoloured = (
+            labels(words[:1].expand(2, -1)[None], places[None])[0],
+            labels(words[None], places[:1].expand(2, -1)[None])[0],
+        )
+        assert ((moved[1] - moved[0]) @ reading).square().sum().item() == pytest.approx(4 * way**2, rel=0.6)
+        assert ((recoloured[1] - recoloured[0]) @ reading).square().sum().item() == pytest.approx(0.5, rel=0.6)
 
 
 def test_a_vision_tower_learns_dense_labels_and_leaves_the_language_model_alone(folder):

@@ -40,7 +40,8 @@ class PromptsTold:
         mllm = load(self.mllm, device)
         mllm.to(device)
         queries = Queries(self.queries, mllm.width, mllm.embedding_std)
-        bridge = Bridge(mllm, queries, Connector(self.connector, mllm.width, width, SiTDecoder.condition_gain))
+        connector = Connector(self.connector, mllm.width, width, SiTDecoder.condition_gain, mllm.seen_width)
+        bridge = Bridge(mllm, queries, connector)
         if self.init is not None:
             tensors = bridge_tensors(self.init)
             match(tensors, bridge.state_dict(), self.init / "model.safetensors")

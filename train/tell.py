@@ -24,9 +24,9 @@ from torch import Tensor
 from data.dropout import drop
 from data.loader import Data, Positions, World
 from data.world.asks import KINDS, Mix, heard, make_ask
-from data.world.labels import CHOICES, OBJECTS, absent, encode_choice, encode_wanted, nothing
+from data.world.labels import CHOICES, KINDS_OF_WORDS, OBJECTS, WORDS, absent, encode_choice, encode_wanted, nothing
 from data.world.wanted import Wanted
-from model.labels import Labels, load_labels
+from model.labels import UNKNOWN, Labels, load_labels
 from model.metaquery import Bridge, Heard, MetaQuery, MetaQueryConfig, build
 from model.prefix import Prefix, PrefixBuilder
 from train.engine import Engine, micro_batch_size
@@ -53,7 +53,12 @@ class TellTaskConfig:
     """Weight of the queries beyond those that are told something: they tell of things that are not there."""
     pool: int = 0
     """So many samples are read once, and learned from over and over by the connector alone; the queries stay as they are.
-    Ten times as fast where reading is slow. 0: every sample is new."""
+    Several times as fast where reading is slow. 0: every sample is new."""
+    passes: int = 0
+    """How often a pool is learned from before another is read in its place. 0: the first one stays."""
+    legible: float = 0.0
+    """Weight of what a linear reading of a token says: its words and place. Tokens of far places differ hardly more than
+    those of near ones, so that by the mean square alone a thing that is to be moved stays where it was."""
     init: Path | None = None
     """A release whose queries and connector are the start, and whose decoder's trained parts stay as they are. None: fresh
     queries and connector, and the decoder as it was released."""
@@ -82,6 +87,8 @@ class TellTaskConfig:
             raise ValueError(
                 f"task.pool is {self.pool}; give a multiple of schedule.batch_size {run.schedule.batch_size}, or 0"
             )
+        if self.passes < 0 or (self.passes and not self.pool):
+            raise ValueError(f"task.passes is {self.passes}; give 0 or more, and a task.pool to pass over")
         model.queries.requires_grad_(not self.pool)
         bridge = Bridge(model.mllm, model.queries, model.connector)
         return TellTask(self, model, labels, engine_for(bridge, run, ranks), asks, ranks)
@@ -132,6 +139,7 @@ class TellTask(BridgeTask):
         words, places = (torch.from_numpy(part) for part in absent(config.model.queries - TOLD))
         with torch.no_grad():
             self.spare = labels(words[None].to(ranks.device), places[None].to(ranks.device))  # [1, Q - TOLD, C]
+            self.reading = config.legible**0.5 * reading_of(self.labels) if config.legible else None
         self.engines = {"main": engine}
 
     def batches(self, samples: int) -> Iterator[ToldBatch]:
@@ -141,29 +149,42 @@ class TellTask(BridgeTask):
 
     def _pooled(self, samples: int) -> Iterator[ToldBatch]:
         """The pool's batches in turn, each read when it first comes."""
-        bridge, known = self.engine.module, dict[int, ToldBatch]()
+        bridge, pool, passes = self.engine.module, self.config.pool, self.config.passes
         assert isinstance(bridge, Bridge)
+        heard: dict[int, ToldBatch] = {}
+        first, start, asks = -1, -1, iter(())
         for position in itertools.count(samples, self.asks.rows.stop):
-            place = position % self.config.pool
-            if place not in known:
-                batch = self.asks[place]
+            begins = position // (pool * passes) * pool if passes else 0  # the address of the pool's first sample
+            if begins != first:
+                heard.clear()
+                first = begins
+            address = begins + position % pool
+            if address not in heard:
+                if address != start:  # the first one, or those that a resumed run has skipped
+                    self.asks.samples, start = address, address
+                    asks = iter(self.asks)
+                batch = next(asks)
+                start += self.asks.rows.stop
                 assert isinstance(batch.asked, Prefix)
                 with torch.no_grad():
-                    known[place] = batch._replace(asked=bridge.hear(batch.asked.to(self.ranks.device)).to("cpu"))
-            yield known[place]
+                    heard[address] = batch._replace(asked=bridge.hear(batch.asked.to(self.ranks.device)).to("cpu"))
+            yield heard[address]
 
     def step(self, batch: ToldBatch) -> dict[str, Tensor]:
         """Mean square of conditioning - label tokens (which have mean square 1): of the told tokens, plus of the spare; and
         the former by kind of what is asked."""
         given = self.engine(batch.asked.to(self.ranks.device)).float()  # [B, Q, C]
-        off = told_error(given[:, :TOLD], batch, self.labels)  # [B]
-        loss = off.mean()
-        objective = loss
+        off, felt = told_errors(given[:, :TOLD], batch, self.labels, self.reading)  # [B] each
+        objective = felt.mean()
         if self.spare.shape[1]:
-            objective = loss + self.config.spare * (given[:, TOLD:] - self.spare).square().mean()
+            objective = objective + self.config.spare * (given[:, TOLD:] - self.spare).square().mean()
         self.engine.backward(objective)
         self.engine.step()
-        return {"loss": loss.detach(), **self._by_kind(off.detach(), batch.kinds.to(off.device))}
+        return {
+            "loss": off.mean().detach(),
+            "felt": felt.mean().detach(),
+            **self._by_kind(off.detach(), batch.kinds.to(off.device)),
+        }
 
     def _by_kind(self, off: Tensor, kinds: Tensor) -> dict[str, Tensor]:
         """The error of each kind that is asked: its sum over the number that is to be expected, which no batch lacks."""
@@ -174,6 +195,12 @@ class TellTask(BridgeTask):
 def told_error(given: Tensor, batch: ToldBatch, labels: Labels) -> Tensor:
     """Mean square [B] of conditioning [B, TOLD, C] less the nearest of the label tokens that are right: objects in any
     order, and an object whose place is open told in any of its ways."""
+    return told_errors(given, batch, labels)[0]
+
+
+def told_errors(given: Tensor, batch: ToldBatch, labels: Labels, reading: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`told_error`, and the same plus the squares of what `reading` [C, R] makes of the errors; both in the order of objects
+    that is best for the latter."""
     device = given.device
     with torch.no_grad():
         told = labels(batch.words.to(device), batch.places.to(device))  # [B, TOLD, C]
@@ -183,8 +210,36 @@ def told_error(given: Tensor, batch: ToldBatch, labels: Labels) -> Tensor:
     each = _squares(given[:, 1:], told[:, 1:])  # [B, N, N]: an object given against one told
     best = _squares(given[:, 1:], ways).amin(-1, keepdim=True)  # [B, N, 1]
     each = each.scatter(2, open, best)
-    by_order = each[:, torch.arange(OBJECTS, device=device), _orders(device)].sum(-1)  # [B, N!]
-    return (ground + by_order.amin(-1)) / TOLD
+    felt_ground, felt = ground, each
+    if reading is not None:
+        read, right, either = (tokens @ reading * reading.shape[1] ** 0.5 for tokens in (given, told, ways))  # [.., R]
+        felt_ground = ground + (read[:, 0] - right[:, 0]).square().mean(-1)
+        best = _squares(read[:, 1:], either).amin(-1, keepdim=True)
+        felt = each + _squares(read[:, 1:], right[:, 1:]).scatter(2, open, best)
+    orders = _orders(device)  # [N!, N]
+    rows = torch.arange(OBJECTS, device=device)
+    order = orders[felt.detach()[:, rows, orders].sum(-1).argmin(-1)].unsqueeze(-1)  # [B, N, 1]
+    return tuple((first + rest.gather(2, order).sum((1, 2))) / TOLD for first, rest in ((ground, each), (felt_ground, felt)))
+
+
+def reading_of(labels: Labels, samples: int = 1 << 14, seed: int = 0) -> Tensor:
+    """The linear map [C, R] that reads words and place off a label token best, by ridge regression over random tokens. Its
+    squares: 4 for a place at the other end of the picture, 0.5 for a wrong word."""
+    rng = np.random.default_rng(seed)
+    words = np.stack([rng.choice([UNKNOWN, *kind], samples) for kind in KINDS_OF_WORDS], axis=1)
+    words[rng.random(samples) < 0.1] = absent(1)[0]
+    spread = rng.random(samples) * (rng.random(samples) < 0.3)
+    places = np.stack([rng.random(samples), rng.random(samples), spread], axis=1).astype(np.float32)
+    with torch.no_grad():
+        tokens = labels(*(torch.from_numpy(part)[None].to(labels.speed.device) for part in (words, places)))[0]
+    said = np.zeros((samples, len(WORDS)))
+    for column in words.T:
+        said[np.arange(samples), column] = 0.25**0.5
+    known = torch.from_numpy(np.concatenate([said, 2 * places[:, :2]], axis=1))  # [N, R]
+    tokens = tokens.double().cpu()
+    tokens, known = tokens - tokens.mean(0), known - known.mean(0)
+    ridge = 1e-3 * samples * torch.eye(tokens.shape[1])  # nor is anything read off directions that no token takes
+    return torch.linalg.solve(tokens.T @ tokens + ridge, tokens.T @ known).to(labels.speed)
 
 
 @lru_cache
@@ -194,8 +249,9 @@ def _orders(device: torch.device) -> Tensor:
 
 
 def _squares(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared differences [B, M, N] of a [B, M, C] and b [B, N, C]."""
-    return (a[:, :, None] - b[:, None]).square().mean(-1)
+    """Mean squared differences [B, M, N] of a [B, M, C] and b [B, N, C], by one product instead of M N differences."""
+    products = a @ b.transpose(1, 2) / a.shape[-1]
+    return (a.square().mean(-1)[:, :, None] + b.square().mean(-1)[:, None] - 2 * products).clamp(min=0)
 
 
 def _label(wanted: Wanted | None) -> tuple[np.ndarray, ...]:

@@ -43,10 +43,10 @@ SPARE = 1 << 40  # where a scene allows nothing of a kind, the scene so many num
 class Mix:
     """How often each kind comes; dialogues take the rest."""
 
-    caption: float = 0.25
-    edit: float = 0.3
-    reconstruct: float = 0.12
-    subject: float = 0.08
+    caption: float = 0.12
+    edit: float = 0.4
+    reconstruct: float = 0.08
+    subject: float = 0.05
 
     def __post_init__(self) -> None:
         shares = (self.caption, self.edit, self.reconstruct, self.subject)

@@ -18,6 +18,7 @@ from model.labels import UNKNOWN, LabelsConfig
 OBJECTS = 5
 CHOICES = 32  # ways to tell a thing whose place is open; more than a grid of spots has
 WORDS = ("unknown", "none", *BACKGROUNDS, *COLOURS, *SHAPES, *SIZES)
+KINDS_OF_WORDS = tuple([WORDS.index(word) for word in kind] for kind in (COLOURS, SHAPES, SIZES))
 _NUMBER = {word: number for number, word in enumerate(WORDS)} | {None: UNKNOWN}
 
 
