@@ -97,7 +97,7 @@ def tell_all() -> Run:
     return replace(
         run,
         name="tell_all",
-        task=replace(run.task, model=model, mix=Mix(), pool=7680, passes=6, legible=1.0),
+        task=replace(run.task, model=model, mix=Mix(), pool=7680, passes=6, legible=1.0, ground=6.0),
         data=replace(run.data, dropout=Dropout(text=0.05, image=0.02, both=0.08), workers=1),
         schedule=replace(run.schedule, steps=9000, batch_size=128, log_every=20),
         optim=replace(run.optim, lr=8e-4, floor=0.02),

@@ -59,6 +59,8 @@ class TellTaskConfig:
     legible: float = 0.0
     """Weight of what a linear reading of a token says: its words and place. Tokens of far places differ hardly more than
     those of near ones, so that by the mean square alone a thing that is to be moved stays where it was."""
+    ground: float = 1.0
+    """Weight of the background's token, beside 1 of each object's. A caption's few words of it were not learned at 1."""
     init: Path | None = None
     """A release whose queries and connector are the start, and whose decoder's trained parts stay as they are. None: fresh
     queries and connector, and the decoder as it was released."""
@@ -174,7 +176,7 @@ class TellTask(BridgeTask):
         """Mean square of conditioning - label tokens (which have mean square 1): of the told tokens, plus of the spare; and
         the former by kind of what is asked."""
         given = self.engine(batch.asked.to(self.ranks.device)).float()  # [B, Q, C]
-        off, felt = told_errors(given[:, :TOLD], batch, self.labels, self.reading)  # [B] each
+        off, felt = told_errors(given[:, :TOLD], batch, self.labels, self.reading, self.config.ground)  # [B] each
         objective = felt.mean()
         if self.spare.shape[1]:
             objective = objective + self.config.spare * (given[:, TOLD:] - self.spare).square().mean()
@@ -198,9 +200,11 @@ def told_error(given: Tensor, batch: ToldBatch, labels: Labels) -> Tensor:
     return told_errors(given, batch, labels)[0]
 
 
-def told_errors(given: Tensor, batch: ToldBatch, labels: Labels, reading: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`told_error`, and the same plus the squares of what `reading` [C, R] makes of the errors; both in the order of objects
-    that is best for the latter."""
+def told_errors(
+    given: Tensor, batch: ToldBatch, labels: Labels, reading: Tensor | None = None, weight: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`told_error`, and the same plus the squares of what `reading` [C, R] makes of the errors, that of the background times
+    `weight`; both in the order of objects that is best for the latter."""
     device = given.device
     with torch.no_grad():
         told = labels(batch.words.to(device), batch.places.to(device))  # [B, TOLD, C]
@@ -216,6 +220,7 @@ def told_errors(given: Tensor, batch: ToldBatch, labels: Labels, reading: Tensor
         felt_ground = ground + (read[:, 0] - right[:, 0]).square().mean(-1)
         best = _squares(read[:, 1:], either).amin(-1, keepdim=True)
         felt = each + _squares(read[:, 1:], right[:, 1:]).scatter(2, open, best)
+    felt_ground = weight * felt_ground
     orders = _orders(device)  # [N!, N]
     rows = torch.arange(OBJECTS, device=device)
     order = orders[felt.detach()[:, rows, orders].sum(-1).argmin(-1)].unsqueeze(-1)  # [B, N, 1]
