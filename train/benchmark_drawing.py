@@ -146,7 +146,10 @@ def plain(model: MetaQuery, args: Drawn, count: int) -> Tensor:
     """The same pixels."""
     rows = replace(model.mllm.builder.draw([""] * count + [args.prompt] * count), head=(), lengths=None)
     assert model.queries is not None
-    conditions = model.connector(model.mllm.read_full(rows, model.queries()))  # [2 n, Q, C]
+    if model.connector.config.looks:  # at what only a cache holds
+        conditions = model.condition(rows)  # [2 n, Q, C]
+    else:
+        conditions = model.connector(model.mllm.read_full(rows, model.queries()))
     predict = guidance_of(model, args, *conditions.chunk(2))
     return model.vae.decode(solve(predict, noise(model, count), args.steps, model.noising))
 
