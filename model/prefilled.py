@@ -108,7 +108,8 @@ class Prefilled:
 
 def looked_layers(count: int) -> list[int]:
     """Which of so many layers are looked at."""
-    return torch.linspace(0, count - 1, min(LOOKED_LAYERS, count)).round().long().tolist()
+    steps = max(1, min(LOOKED_LAYERS, count) - 1)
+    return sorted({round(number * (count - 1) / steps) for number in range(steps + 1)})
 
 
 def by_length(lengths: Sequence[int], pass_tokens: int = PASS_TOKENS) -> list[list[int]]:
