@@ -194,37 +194,34 @@ class TellTask(BridgeTask):
         return {f"off_{kind}": (off * (kinds == KINDS.index(kind))).mean() / share for kind, share in shares.items()}
 
 
-def told_error(given: Tensor, batch: ToldBatch, labels: Labels) -> Tensor:
-    """Mean square [B] of conditioning [B, TOLD, C] less the nearest of the label tokens that are right: objects in any
-    order, and an object whose place is open told in any of its ways."""
-    return told_errors(given, batch, labels)[0]
-
-
 def told_errors(
     given: Tensor, batch: ToldBatch, labels: Labels, reading: Tensor | None = None, weight: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`told_error`, and the same plus the squares of what `reading` [C, R] makes of the errors, that of the background times
-    `weight`; both in the order of objects that is best for the latter."""
+    """Mean square [B] of conditioning [B, TOLD, C] less the nearest of the label tokens that are right: objects in any
+    order, and an object whose place is open told in any of its ways. And the same plus the squares of what `reading` [C, R]
+    makes of the errors, that of the background times `weight`; both in the order of objects that is best for the latter."""
     device = given.device
     with torch.no_grad():
         told = labels(batch.words.to(device), batch.places.to(device))  # [B, TOLD, C]
         ways = labels(batch.open_words.to(device), batch.open_places.to(device))  # [B, S, C]
         open = (batch.open.to(device) - 1)[:, None, None].expand(-1, OBJECTS, 1)  # [B, N, 1]
-    ground = (given[:, 0] - told[:, 0]).square().mean(-1)  # [B]
-    each = _squares(given[:, 1:], told[:, 1:])  # [B, N, N]: an object given against one told
-    best = _squares(given[:, 1:], ways).amin(-1, keepdim=True)  # [B, N, 1]
-    each = each.scatter(2, open, best)
+
+    def against(given: Tensor, told: Tensor, ways: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squares of the background [B], and of each object given against each told [B, N, N]."""
+        best = _squares(given[:, 1:], ways).amin(-1, keepdim=True)  # [B, N, 1]
+        each = _squares(given[:, 1:], told[:, 1:]).scatter(2, open, best)
+        return (given[:, 0] - told[:, 0]).square().mean(-1), each
+
+    ground, each = against(given, told, ways)
     felt_ground, felt = ground, each
     if reading is not None:
-        read, right, either = (tokens @ reading * reading.shape[1] ** 0.5 for tokens in (given, told, ways))  # [.., R]
-        felt_ground = ground + (read[:, 0] - right[:, 0]).square().mean(-1)
-        best = _squares(read[:, 1:], either).amin(-1, keepdim=True)
-        felt = each + _squares(read[:, 1:], right[:, 1:]).scatter(2, open, best)
-    felt_ground = weight * felt_ground
+        read_ground, read = against(*(tokens @ reading * reading.shape[1] ** 0.5 for tokens in (given, told, ways)))
+        felt_ground, felt = ground + read_ground, each + read
     orders = _orders(device)  # [N!, N]
     rows = torch.arange(OBJECTS, device=device)
     order = orders[felt.detach()[:, rows, orders].sum(-1).argmin(-1)].unsqueeze(-1)  # [B, N, 1]
-    return tuple((first + rest.gather(2, order).sum((1, 2))) / TOLD for first, rest in ((ground, each), (felt_ground, felt)))
+    off, felt = (squares.gather(2, order).sum((1, 2)) for squares in (each, felt))  # [B] each
+    return (ground + off) / TOLD, (weight * felt_ground + felt) / TOLD
 
 
 def reading_of(labels: Labels, samples: int = 1 << 14, seed: int = 0) -> Tensor:
