@@ -13,8 +13,8 @@ from data.world.check import agrees
 from data.world.edits import FAR, keeps_rules, make_edit
 from data.world.labels import CHOICES, encode_caption, encode_choice, encode_wanted
 from data.world.reader import read
-from data.world.scene import HELD_OUT_PAIRS, make_scene, random_for, relation
-from data.world.wanted import by_caption, by_edit, by_scene
+from data.world.scene import HELD_OUT_PAIRS, SHAPES, make_scene, random_for, relation
+from data.world.wanted import _near, by_caption, by_edit, by_scene
 from model.prefix import DRAW_SYSTEM
 
 
@@ -32,7 +32,7 @@ def test_an_ask_is_a_function_of_its_address_and_keeps_its_split(kind, split):
 
 
 def test_kinds_come_as_often_as_the_mix_says():
-    mix = Mix(caption=0.2, edit=0.3, reconstruct=0.1, subject=0.15)
+    mix = Mix(caption=0.2, edit=0.2, swap=0.1, passing=0.1, reconstruct=0.1, subject=0.15)
     counts = Counter(make_ask(1, index, mix=mix, size=16).kind for index in range(800))
     for kind in KINDS:
         assert abs(counts[kind] / 800 - mix.share(kind)) < 0.06
@@ -40,13 +40,28 @@ def test_kinds_come_as_often_as_the_mix_says():
         Mix(caption=0.9)
 
 
+def test_edits_that_train_more_are_edits():
+    """Swaps alone, and what `make_edit` never says: "the circle" where no other is one."""
+    parts = {make_ask(1, index, kind="swap", size=16).part for index in range(50)}
+    assert parts == {"swap"}
+    texts = [make_ask(1, index, kind="passing", size=16).turns[-1].text for index in range(100)]
+    assert any("the one on the" in text for text in texts)
+    assert any(f"the {shape} " in f"{text} " for text in texts for shape in SHAPES)
+
+
 def test_every_spot_of_an_open_place_is_right():
-    """What `by_edit` tells is one of the scenes that the instruction allows."""
-    checked = 0
+    """What `by_edit` tells is one of the scenes that the instruction allows, and stays one a little aside where it can."""
+    checked, steady = 0, 0
     for index in range(300):
         edit = make_edit(4, index)
         wanted = by_edit(edit)
         for thing in wanted.things:
+            if edit.link is not None and thing.spots:
+                how, anchor = edit.link
+                spots = [replace(anchor, x=x, y=y) for x, y, _ in thing.spots]
+                bears = [all(relation(near, anchor) == how for near in _near(spot)) for spot in spots]
+                assert all(bears) or not any(bears)
+                steady += all(bears)
             for x, y, spread in thing.spots:
                 new = next(t for t in edit.after.objects if t not in edit.before.objects)
                 moved = replace(new, x=x, y=y)
@@ -57,6 +72,7 @@ def test_every_spot_of_an_open_place_is_right():
                 assert all(math.dist((x, y), (old.x, old.y)) >= FAR for old in wanted.gone) or len(thing.spots) == 1
                 checked += 1
     assert checked > 200
+    assert steady > 20
 
 
 def test_labels_tell_a_scene_and_a_caption_as_they_are():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.world.asks import make_ask, picture_of
+from data.world.asks import first_step, make_ask, picture_of
 from data.world.captions import describe, holds
 from data.world.edits import KINDS, make_edit
 from data.world.reader import read
@@ -89,6 +89,30 @@ def test_conversations_end_where_they_fail(pipeline):
         assert all(rights[:-1])
         assert rights[-1] or len(rights) <= TURNS
         assert [turn.role for turn in dialogue.turns[1:]] == ["user", "assistant"] * len(rights)
+
+
+def test_a_conversation_has_its_own_seeds_in_any_batch():
+    def tell(conversations, seeds):
+        asked.extend((tuple(turn.text for turn in turns), seed) for turns, seed in zip(conversations, seeds, strict=True))
+        return [truth(turns) for turns in conversations]
+
+    def truth(turns):
+        """Every other first picture is right."""
+        right = len(turns) > 2 or len(turns[1].text) % 2
+        return wanted[turns[1].text] if right else Image.new("RGB", (64, 64))
+
+    wanted = {}
+    for index in range(12):
+        scene = make_scene(6, index, "val")
+        step = first_step(scene, "val", random_for(6, "three turns", "val", index))
+        wanted[step.text] = picture_of(step.scene, 64)
+    seen = []
+    for batch_size in (3, 12):
+        asked: list = []
+        conversing(tell, "val", 12, seed=6, batch_size=batch_size)
+        seen.append(sorted(asked))
+    assert seen[0] == seen[1]
+    assert 12 < len(seen[0]) < 24
 
 
 def test_what_does_nothing_changes_nothing():

@@ -105,7 +105,8 @@ def report() -> str:
         "Written by `python -m train.assets` (`make assets`) from the files in `logs/`; nothing here is typed by hand. The",
         "shipped weights came about in rounds, each going on from the one before: NAME.1 first, NAME last; what a round",
         "started from may be overwritten since. A setting that is newer than a log takes its default.",
-        "`make assets` trains the same stages in one round each.",
+        "`make assets` trains the same stages in one round each. The last round of `tell_all` began with the mean of",
+        "the two before: `python -m train.checkpoint mean runs/tell_9/release runs/tell_10/release --out runs/tell_mean`.",
         "",
         "| stage | command | goes on from | seed | steps | samples | wall time | loss on the way | last metrics |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -122,18 +123,20 @@ def _row(log: Path) -> str:
     settings = read_json(path)
     records = [json.loads(line) for line in log.read_text().splitlines()]
     logged = [record for record in records if "step_seconds" in record]
-    seconds, before = 0.0, 0
+    begun = before = records[0]["step"] if records[0].get("event") == "stopped" else 0  # where the round before it was
+    seconds = 0.0
     for record in logged:
         seconds += record["step_seconds"] * (record["step"] - before)
         before = record["step"]
+    steps, samples = before - begun, logged[-1]["samples"] * (before - begun) // before
     skipped = ("step", "samples", "lr", "images_per_second", "step_seconds", "data_seconds", "refused", "time")
     last = ", ".join(f"{k} {v:.4g}" for k, v in logged[-1].items() if k not in skipped and isinstance(v, int | float))
     losses = [record.get("loss", record.get("l1")) for record in logged]
     way = " ".join(f"{fmean(part):.3g}" for part in parts(losses, WAY))
     command = f"python -m train.run {path.relative_to(ROOT)}"
     return (
-        f"| {name} | `{command}` | {settings['task'].get('init') or ''} | {settings['seed']} | {logged[-1]['step']} | "
-        f"{logged[-1]['samples']} | {seconds / 60:.0f} min | {way} | {last} |"
+        f"| {name} | `{command}` | {settings['task'].get('init') or ''} | {settings['seed']} | {steps} | "
+        f"{samples} | {seconds / 60:.0f} min | {way} | {last} |"
     )
 
 

@@ -24,7 +24,18 @@ from torch import Tensor
 from data.dropout import drop
 from data.loader import Data, Positions, World
 from data.world.asks import KINDS, Mix, heard, make_ask
-from data.world.labels import CHOICES, KINDS_OF_WORDS, OBJECTS, WORDS, absent, encode_choice, encode_wanted, nothing
+from data.world.labels import (
+    CHOICES,
+    GROUNDS,
+    KINDS_OF_WORDS,
+    NONE,
+    OBJECTS,
+    WORDS,
+    absent,
+    encode_choice,
+    encode_wanted,
+    nothing,
+)
 from data.world.wanted import Wanted
 from model.labels import UNKNOWN, Labels, load_labels
 from model.metaquery import Bridge, Heard, MetaQuery, MetaQueryConfig, build
@@ -40,6 +51,7 @@ if TYPE_CHECKING:
     from train.config import Run
 
 TOLD = 1 + OBJECTS  # tokens of a label; queries beyond them tell of nothing
+PLACE_DIRECTIONS = 2  # of a reading, its last: x and y
 
 
 @dataclass(frozen=True)
@@ -199,29 +211,41 @@ def told_errors(
 ) -> tuple[Tensor, Tensor]:
     """Mean square [B] of conditioning [B, TOLD, C] less the nearest of the label tokens that are right: objects in any
     order, and an object whose place is open told in any of its ways. And the same plus the squares of what `reading` [C, R]
-    makes of the errors, that of the background times `weight`; both in the order of objects that is best for the latter."""
+    makes of the errors, that of the background times `weight`. Both in the order of objects that suits the latter best,
+    places counting less: what moves stays the same thing."""
     device = given.device
     with torch.no_grad():
         told = labels(batch.words.to(device), batch.places.to(device))  # [B, TOLD, C]
         ways = labels(batch.open_words.to(device), batch.open_places.to(device))  # [B, S, C]
+        right = torch.cat([told, ways], 1)  # [B, TOLD + S, C]
         open = (batch.open.to(device) - 1)[:, None, None].expand(-1, OBJECTS, 1)  # [B, N, 1]
 
-    def against(given: Tensor, told: Tensor, ways: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squares of the background [B], and of each object given against each told [B, N, N]."""
-        best = _squares(given[:, 1:], ways).amin(-1, keepdim=True)  # [B, N, 1]
-        each = _squares(given[:, 1:], told[:, 1:]).scatter(2, open, best)
-        return (given[:, 0] - told[:, 0]).square().mean(-1), each
+    def read_off(reader: Tensor) -> Tensor:
+        return _squares(given @ reader, right @ reader) * reader.shape[1]  # [B, TOLD, TOLD + S]
 
-    ground, each = against(given, told, ways)
-    felt_ground, felt = ground, each
+    off = felt = _squares(given, right)
+    sorting = off.detach()
     if reading is not None:
-        read_ground, read = against(*(tokens @ reading * reading.shape[1] ** 0.5 for tokens in (given, told, ways)))
-        felt_ground, felt = ground + read_ground, each + read
-    orders = _orders(device)  # [N!, N]
-    rows = torch.arange(OBJECTS, device=device)
-    order = orders[felt.detach()[:, rows, orders].sum(-1).argmin(-1)].unsqueeze(-1)  # [B, N, 1]
-    off, felt = (squares.gather(2, order).sum((1, 2)) for squares in (each, felt))  # [B] each
-    return (ground + off) / TOLD, (weight * felt_ground + felt) / TOLD
+        felt = off + read_off(reading)
+        with torch.no_grad():
+            sorting = sorting + read_off(reading * _sorting(reading))
+    nearest = felt[:, 1:, TOLD:].detach().argmin(-1, keepdim=True)  # [B, N, 1]
+
+    def objects(squares: Tensor) -> Tensor:
+        """[B, N, N], the open one told in the way that is nearest."""
+        return squares[:, 1:, 1:TOLD].scatter(2, open, squares[:, 1:, TOLD:].gather(2, nearest))
+
+    orders, rows = _orders(device), torch.arange(OBJECTS, device=device)  # [N!, N], [N]
+    order = orders[objects(sorting)[:, rows, orders].sum(-1).argmin(-1)].unsqueeze(-1)  # [B, N, 1]
+    things_off, things_felt = (objects(squares).gather(2, order).sum((1, 2)) for squares in (off, felt))  # [B] each
+    return (off[:, 0, 0] + things_off) / TOLD, (weight * felt[:, 0, 0] + things_felt) / TOLD
+
+
+def _sorting(reading: Tensor) -> Tensor:
+    """How much each direction of a reading counts in choosing the order of objects: squares of places a quarter."""
+    counts = torch.ones(reading.shape[1], device=reading.device)
+    counts[-PLACE_DIRECTIONS:] = 0.5
+    return counts
 
 
 def reading_of(labels: Labels, samples: int = 1 << 14, seed: int = 0) -> Tensor:
@@ -229,15 +253,17 @@ def reading_of(labels: Labels, samples: int = 1 << 14, seed: int = 0) -> Tensor:
     squares: 4 for a place at the other end of the picture, 0.5 for a wrong word."""
     rng = np.random.default_rng(seed)
     words = np.stack([rng.choice([UNKNOWN, *kind], samples) for kind in KINDS_OF_WORDS], axis=1)
-    words[rng.random(samples) < 0.1] = absent(1)[0]
     spread = rng.random(samples) * (rng.random(samples) < 0.3)
     places = np.stack([rng.random(samples), rng.random(samples), spread], axis=1).astype(np.float32)
+    others = rng.random(samples) < 0.3  # backgrounds, told or not, and things that are not there
+    words[others], places[others] = absent(others.sum())
+    words[others, 0] = rng.choice([UNKNOWN, NONE, *GROUNDS], others.sum())
     with torch.no_grad():
         tokens = labels(*(torch.from_numpy(part)[None].to(labels.speed.device) for part in (words, places)))[0]
     said = np.zeros((samples, len(WORDS)))
     for column in words.T:
         said[np.arange(samples), column] = 0.25**0.5
-    known = torch.from_numpy(np.concatenate([said, 2 * places[:, :2]], axis=1))  # [N, R]
+    known = torch.from_numpy(np.concatenate([said, 2 * places[:, :PLACE_DIRECTIONS]], axis=1))  # [N, R]
     tokens = tokens.double().cpu()
     tokens, known = tokens - tokens.mean(0), known - known.mean(0)
     ridge = 1e-3 * samples * torch.eye(tokens.shape[1])  # nor is anything read off directions that no token takes

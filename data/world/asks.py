@@ -3,6 +3,8 @@
     kind         what is asked
     caption      a caption, as in data/world/captions.py
     edit         a picture and an instruction, as in data/world/edits.py
+    swap         the same, of two things that trade places: the hardest edit, and rare among those drawn evenly
+    passing      the same, in the words of a dialogue: "make the circle blue", "remove the one on the left"
     reconstruct  a picture, to be drawn once more
     subject      one or two pictures of one object each, to be drawn in another arrangement
     dialogue     several turns that each drew something: "draw a red circle", "make it blue", "add a star above it"
@@ -27,7 +29,7 @@ from data.world.scene import BACKGROUNDS, GAP, HELD_OUT_PAIRS, RELATIONS, Object
 from data.world.wanted import Wanted, by_caption, by_edit, by_scene
 from model.prefix import DRAW_SYSTEM, THINK, Turn
 
-KINDS = ("caption", "edit", "reconstruct", "subject", "dialogue")
+KINDS = ("caption", "edit", "swap", "passing", "reconstruct", "subject", "dialogue")
 DREW = ""
 AGAIN = ("draw this picture again", "draw the same picture", "copy this picture", "reproduce the image", "draw exactly this")
 ONCE_MORE = ("draw it again", "draw the same picture again", "once more, please")
@@ -45,11 +47,13 @@ class Mix:
 
     caption: float = 0.12
     edit: float = 0.4
+    swap: float = 0.0
+    passing: float = 0.0
     reconstruct: float = 0.08
     subject: float = 0.05
 
     def __post_init__(self) -> None:
-        shares = (self.caption, self.edit, self.reconstruct, self.subject)
+        shares = vars(self).values()
         if min(shares) < 0 or sum(shares) > 1:
             raise ValueError("mix: give shares of 0 or more that sum to at most 1")
 
@@ -158,9 +162,26 @@ def _caption(seed: int, index: int, split: str, size: int, rng: random.Random) -
 
 
 def _edit(seed: int, index: int, split: str, size: int, rng: random.Random) -> Ask:
-    edit = make_edit(seed, index, split)
+    return _of_edit("edit", make_edit(seed, index, split), size, rng)
+
+
+def _swap(seed: int, index: int, split: str, size: int, rng: random.Random) -> Ask:
+    return _of_edit("swap", make_edit(seed, index, split, ("swap",)), size, rng)
+
+
+def _of_edit(kind: str, edit: Edit, size: int, rng: random.Random) -> Ask:
     turns = _framed(edit.instruction, (picture_of(edit.before, size),), rng)
-    return Ask("edit", edit.kind, turns, by_edit(edit), edit.before)
+    return Ask(kind, edit.kind, turns, by_edit(edit), edit.before)
+
+
+def _passing(seed: int, index: int, split: str, size: int, rng: random.Random) -> Ask:
+    for address in count(index, SPARE):
+        scene = make_scene(seed, address, split)
+        step = next_step([scene], None, split, rng)
+        if step is not None:
+            turns = _framed(step.text, (picture_of(scene, size),), rng)
+            return Ask("passing", step.kind, turns, step.wanted, scene)
+    raise AssertionError("addresses do not end")
 
 
 def _reconstruct(seed: int, index: int, split: str, size: int, rng: random.Random) -> Ask:
@@ -231,7 +252,7 @@ def _steps(scene: Scene, split: str, orders: int, size: int, rng: random.Random)
             for question in questions(step.scene, rng)[: rng.choice((1, 2))]:
                 turns += [Turn("user", question.text, pictures), Turn("assistant", question.answer)]
                 pictures = ()
-        step = _other_step(scenes, split, rng) if rng.random() < 0.25 else next_step(scenes, focus, split, rng)
+        step = _other_step(scenes, split, rng) if rng.random() < 0.15 else next_step(scenes, focus, split, rng)
     raise AssertionError("a dialogue has orders")
 
 
@@ -309,6 +330,8 @@ def _system(rng: random.Random) -> tuple[Turn, ...]:
 _MAKERS = {
     "caption": _caption,
     "edit": _edit,
+    "swap": _swap,
+    "passing": _passing,
     "reconstruct": _reconstruct,
     "subject": _subject,
     "dialogue": _dialogue,

@@ -7,7 +7,7 @@ that only one is meant.
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, count, permutations
 from typing import Any
@@ -57,26 +57,32 @@ class Edit:
         return {"kind": self.kind, "instruction": self.instruction, **scenes}
 
 
-def make_edit(seed: int, index: int, split: str = "train") -> Edit:
-    """Edit number `index` of a split; a pure function of its arguments. Its scene is scene number `index`, or, where no
-    edit of that one keeps the rules, one made for the purpose.
+def make_edit(seed: int, index: int, split: str = "train", kinds: Sequence[str] = KINDS) -> Edit:
+    """Edit number `index` of a split, of one of `kinds`; a pure function of its arguments. Its scene is scene number
+    `index`, or, where no edit of that one keeps the rules, one made for the purpose.
 
     Raises:
         ValueError: the split is unknown.
     """
     for address in count(index, SPARE):
         scene = make_scene(seed, address, split)
-        for edit in edits_of(scene, split, random_for(seed, "edit", split, address)):
+        for edit in edits_of(scene, split, random_for(seed, "edit", split, address), kinds=kinds):
             return edit
     raise AssertionError("addresses do not end")
 
 
 def edits_of(
-    scene: Scene, split: str, rng: random.Random, name: Naming | None = None, brief: bool = False, gap: float = GAP
+    scene: Scene,
+    split: str,
+    rng: random.Random,
+    name: Naming | None = None,
+    brief: bool = False,
+    gap: float = GAP,
+    kinds: Sequence[str] = KINDS,
 ) -> Iterator[Edit]:
     """Edits of a scene that keep the rules of a split, kind after kind in random order. `brief` ones may leave out the
     colour and the size of what they add."""
-    for kind in rng.sample(KINDS, len(KINDS)):
+    for kind in rng.sample(kinds, len(kinds)):
         for edit in _EDITORS[kind](scene, _Words(name or refer, brief), rng):
             if keeps_rules(edit.after, split, gap):
                 yield edit

@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ def in_order(make: Maker, n: int, workers: int) -> Iterator[Iterator[Item]]:
         return
     methods = multiprocessing.get_all_start_methods()
     method = "fork" if "fork" in methods else "spawn"  # fork spares each process the import of torch, which none uses
-    with multiprocessing.get_context(method).Pool(workers) as pool:
+    ends = signal.signal, (signal.SIGTERM, signal.SIG_DFL)  # a handler of this process's would outlive the pool's end
+    with multiprocessing.get_context(method).Pool(workers, *ends) as pool:
         yield pool.imap(make, range(n), CHUNK)
 
 

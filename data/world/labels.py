@@ -19,6 +19,8 @@ OBJECTS = 5
 CHOICES = 32  # ways to tell a thing whose place is open; more than a grid of spots has
 WORDS = ("unknown", "none", *BACKGROUNDS, *COLOURS, *SHAPES, *SIZES)
 KINDS_OF_WORDS = tuple([WORDS.index(word) for word in kind] for kind in (COLOURS, SHAPES, SIZES))
+NONE = WORDS.index("none")
+GROUNDS = [WORDS.index(word) for word in BACKGROUNDS]
 _NUMBER = {word: number for number, word in enumerate(WORDS)} | {None: UNKNOWN}
 
 
@@ -99,5 +101,5 @@ def nothing() -> tuple[np.ndarray, np.ndarray]:
 def absent(count: int) -> tuple[np.ndarray, np.ndarray]:
     """So many things that are not there: words [count, 3], places [count, 3]."""
     words, places = np.full((count, 3), UNKNOWN, np.int64), np.tile(np.array(ANYWHERE, np.float32), (count, 1))
-    words[:, 0] = _NUMBER["none"]
+    words[:, 0] = NONE
     return words, places

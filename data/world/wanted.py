@@ -21,6 +21,7 @@ LINKED = {
     "below": ((0.5, 0.7, 0.3), (0.5, 0.3, 0.3)),
 }
 """The places (x, y, spread) that tell how one thing stands to another; the decoder learns what they mean."""
+DRIFT = 0.04  # a thing told at a spot may be drawn so far from it
 SIDE = 5  # spots lie on a grid of so many columns and rows
 Place = tuple[float, float, float]
 """x, y and how far off they may be."""
@@ -89,17 +90,25 @@ def by_edit(edit: Edit) -> Wanted:
 
 def _spots(new: Object, size: str | None, edit: Edit, how: str | None, anchor: Object | None) -> tuple[Place, ...]:
     """The places of a grid where an object of a size, or of as large a one as finds room, touches nothing, stands so to
-    `anchor`, where that is asked, and is not where it was."""
+    `anchor`, where that is asked, and is not where it was. Where some of them bear a drift, only these."""
     rest = tuple(thing for thing in edit.after.objects if thing is not new)
     was = [(thing.x, thing.y) for thing in edit.before.objects if thing not in rest]
     axis = np.linspace(SIZES["large"] + GAP, 1 - SIZES["large"] - GAP, SIDE).round(4).tolist()
     for tried in (size,) if size else ("large", "small"):
         there = [replace(new, size=tried, x=x, y=y) for y in axis for x in axis]
-        there = [t for t in there if anchor is None or relation(t, anchor) == how]
+        there = [t for t in there if stands_free((t, *rest))]
         there = [t for t in there if all(math.dist((t.x, t.y), place) >= FAR for place in was)]
-        if right := tuple((t.x, t.y, 0.0) for t in there if stands_free((t, *rest))):
+        there = [t for t in there if anchor is None or relation(t, anchor) == how]
+        steady = [t for t in there if anchor is None or all(relation(near, anchor) == how for near in _near(t))]
+        if right := tuple((t.x, t.y, 0.0) for t in steady or there):
             return right
     return ()
+
+
+def _near(thing: Object) -> list[Object]:
+    """The same a little aside, as it may come out drawn."""
+    steps = ((DRIFT, 0.0), (-DRIFT, 0.0), (0.0, DRIFT), (0.0, -DRIFT))
+    return [replace(thing, x=thing.x + dx, y=thing.y + dy) for dx, dy in steps]
 
 
 def _exactly(thing: Object, kept: bool) -> Thing:
