@@ -16,6 +16,7 @@ from torch import Tensor
 from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
 from data.transforms import to_pil
+from model.assets import fingerprint, tensors_of
 from model.autoencoder import Autoencoder
 from model.files import match, publish, write_whole
 from model.noise import noise
@@ -61,6 +62,8 @@ class AutoencoderTaskConfig:
         if self.decoder_only:
             for part in (module.autoencoder.encoder, module.autoencoder.quant_conv):
                 part.requires_grad_(False)
+        if run.data.image_size % module.factor:
+            raise ValueError(f"data.image_size is {run.data.image_size}; give a multiple of {module.factor}")
         loader = loader_for(LabelledCollate(run.data.image_size), run, ranks)
         engine = engine_for(module, run, ranks)
         return AutoencoderTask(self, module, kept if self.decoder_only else None, engine, loader, run.seed, ranks)
@@ -110,6 +113,7 @@ class AutoencoderTask(LoaderTask):
         self.config, self.module, self.engine, self.loader = config, module, engine, loader
         self.kept = kept  # the autoencoder whose encoder the release takes over, or None
         self.seed, self.ranks = seed, ranks
+        self.shown = loader.first() if ranks.first else None
         self.engines = {"main": engine}
 
     def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
@@ -126,11 +130,18 @@ class AutoencoderTask(LoaderTask):
         self.engine.step()
         return {"l1": absolute.detach(), "mse": squared.detach(), "kl": kl.detach()}
 
+    def frozen(self) -> dict[str, str]:
+        """The encoder where it stays."""
+        if self.kept is None:
+            return {}
+        stays = ("encoder.", "quant_conv.")
+        return {"encoder": fingerprint({n: t for n, t in tensors_of(self.kept).items() if n.startswith(stays)})}
+
     def preview(self, folder: Path, step: int) -> None:
         """Eight pictures beside their reconstructions: previews/step-00000500.png."""
         with self.engine.averaged():
-            if self.ranks.first:
-                pixels = next(self.batches(0)).pixels[:8].to(self.ranks.device)
+            if self.shown is not None:
+                pixels = self.shown.pixels[:8].to(self.ranks.device)
                 rebuilt = self.module.autoencoder(pixels.to(self.module.autoencoder.dtype)).sample
                 compare(pixels, rebuilt.float(), ("picture", "rebuilt"), folder / f"step-{step:08d}.png")
 

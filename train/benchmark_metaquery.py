@@ -146,6 +146,8 @@ class Bench:
         self.model, self.args, self.device = model, args, torch.device(device or args.device)
         if model.queries is None:
             raise ValueError(f"config {args.config!r} reads its prompt without queries, and has nothing to compare")
+        if model.connector.config.looks:
+            raise ValueError(f"config {args.config!r} has connector.looks, and the plain path keeps no cache; leave it off")
         embeddings: Any = model.mllm.model.get_input_embeddings()
         vectors = model.queries.vectors
         with self.device:

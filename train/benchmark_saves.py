@@ -89,6 +89,7 @@ def saves(args: Saves) -> None:
     show(f"saves of {size / 1e6:,.0f} MB and {args.steps} steps", measures)
     if args.json is not None:
         record(args.json, measures)
+    ranks.leave()
 
 
 def _step(engine: Engine, x: Tensor) -> None:

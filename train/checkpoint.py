@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from math import isfinite, nan
@@ -30,11 +31,12 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.files import read_json, sha256_of, sync, write_json, write_whole
+from model.files import sha256_of, sync, write_json, write_whole
 from train.engine import KINDS, Engine
 from train.ranks import Ranks
 
 FORMAT, READABLE = 2, (1, 2)  # 1 had each kind in one file
+READERS = 8  # files of a checkpoint that are verified at a time
 DIGEST = "sha256_of_this"  # in a manifest: of all else that it says
 T = TypeVar("T")
 
@@ -96,9 +98,17 @@ def note(path: Path, measures: Mapping[str, float]) -> None:
 
 def best_of(root: Path, keep: Keep) -> Path | None:
     """The earliest checkpoint with the best of what `keep` compares; None where that was not measured."""
-    noted = {path: read_json(path / "measures.json") for path in held(root) if (path / "measures.json").is_file()}
-    values = {path: measures[keep.best] for path, measures in noted.items() if isfinite(measures.get(keep.best, nan))}
+    noted = {path: _noted(path).get(keep.best, nan) for path in held(root)} if keep.best else {}
+    values = {path: value for path, value in noted.items() if isfinite(value)}
     return (min if keep.lowest else max)(values, key=values.__getitem__, default=None)
+
+
+def _noted(path: Path) -> Mapping[str, float]:
+    """What was measured at a checkpoint; nothing where nothing was, or a crash cut the note short. Raises OSError."""
+    try:
+        return json.loads((path / "measures.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def set_aside(root: Path, step: int, ranks: Ranks) -> None:
@@ -152,16 +162,19 @@ def verify(path: Path) -> Manifest:
     """Read the manifest, compare every file with its hash, look at all numbers. Raises ValueError naming the file that is
     wrong."""
     manifest = manifest_of(path)
-    for name, expected in manifest.sha256.items():
-        file = path / name
-        if not file.is_file() or sha256_of(file) != expected:
-            raise ValueError(f"{file} is {'damaged' if file.is_file() else 'missing'}")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                check_finite(file, ((key, tensors.get_tensor(key)) for key in tensors.keys()))  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is no file of tensors ({error})") from error
+    with ThreadPoolExecutor(READERS) as pool:  # other ranks wait, and not for ever
+        list(pool.map(_verify, (path / name for name in manifest.sha256), manifest.sha256.values()))
     return manifest
+
+
+def _verify(file: Path, expected: str) -> None:
+    if not file.is_file() or sha256_of(file) != expected:
+        raise ValueError(f"{file} is {'damaged' if file.is_file() else 'missing'}")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            check_finite(file, ((key, tensors.get_tensor(key)) for key in tensors.keys()))  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no file of tensors ({error})") from error
 
 
 def check_finite(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

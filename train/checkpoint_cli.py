@@ -3,23 +3,28 @@
     python -m train.checkpoint ls runs/world
     python -m train.checkpoint verify runs/world                                  # every byte of every checkpoint
     python -m train.checkpoint export runs/world/checkpoints/step-00000500 --out releases/world
+    python -m train.checkpoint mean runs/first/release runs/second/release --out releases/mean
 
-`export` writes the release that the run itself would write at that step, the averages of its weights. Exit code 1 when a
-checkpoint is damaged.
+`export` writes the release that the run itself would write at that step, the averages of its weights. `mean` writes the mean
+of a release and of what was trained on from it, which forgets less of what the first knew (Wortsman et al. 2022, "Robust
+fine-tuning of zero-shot models"). Exit code 1 when a checkpoint is damaged.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from model.files import check_new, parse_config
+from model import store
+from model.files import check_new, match, parse_config
 from train import checkpoint
 from train.config import Run
 from train.ranks import start
@@ -53,17 +58,28 @@ class Export:
     """The release folder to write."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """Write the mean of the weights of releases, each trained on from the one before."""
+
+    releases: Positional[tuple[Path, ...]]
+    """Their folders."""
+    out: Path
+    """The release folder to write."""
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command. Raises ValueError for what is no checkpoint, SystemExit when one is damaged."""
-    args = tyro.extras.subcommand_cli_from_dict(
-        {"ls": Ls, "verify": Verify, "export": Export}, args=argv, description=__doc__
-    )
+    """Runs the command. Raises ValueError for what is no checkpoint or release, SystemExit when one is damaged."""
+    commands = {"ls": Ls, "verify": Verify, "export": Export, "mean": Mean}
+    args = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__)
     if isinstance(args, Ls):
         listing(args.run)
     elif isinstance(args, Verify):
         verify(args.path)
-    else:
+    elif isinstance(args, Export):
         export(args.checkpoint, args.out)
+    else:
+        mean(args.releases, args.out)
 
 
 def listing(run: Path) -> None:
@@ -107,3 +123,19 @@ def export(path: Path, out: Path) -> None:
     checkpoint.check_frozen(path, manifest, task.frozen())
     task.release(out)
     print(f"{out}: step {manifest.step:,}, {manifest.samples:,} samples")
+
+
+def mean(releases: Sequence[Path], out: Path) -> None:
+    """Of each tensor that they hold. Raises ValueError for releases of other shapes or settings."""
+    check_new(out)
+    if len(releases) < 2:
+        raise ValueError("mean: there is nothing to take it of; name two releases or more")
+    first, *others = (store.load(folder) for folder in releases)
+    held = [first.own_tensors(), *(model.own_tensors() for model in others)]
+    for folder, model, tensors in zip(releases[1:], others, held[1:], strict=True):
+        match(tensors, held[0], folder)
+        if model.config != first.config:
+            raise ValueError(f"{folder} has other settings than {releases[0]}; name releases of one lineage")
+    means = {name: torch.stack([t[name].float() for t in held]).mean(0).to(tensor) for name, tensor in held[0].items()}
+    store.save(out, first, means)
+    print(f"{out}: the mean of {len(held)} releases")

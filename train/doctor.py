@@ -33,9 +33,10 @@ from data.shards import Shards, expand
 from data.storage import is_url
 from model.files import dump_config, write_whole
 from sample import cli
+from train import checkpoint
 from train.config import Run
 from train.engine import KINDS
-from train.ranks import Ranks, start
+from train.ranks import Lost, Ranks, others_answer, start
 
 PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "webdataset", "safetensors")
 REDUCED_BYTES = 16 << 20
@@ -75,7 +76,15 @@ def main(argv: list[str] | None = None) -> None:
     }
     table, well = Table("what", "found", "would go wrong", show_lines=True), True
     for name, look in looks.items():
-        found = ranks.gather(_careful(look, run, ranks))
+        mine = _careful(look, run, ranks)
+        if mine.problem and ranks.world > 1:  # now, because others may wait elsewhere for this rank, and end without a table
+            print(f"rank {ranks.rank}: {name}: {mine.problem}", file=sys.stderr, flush=True)
+        try:
+            with others_answer():
+                found = ranks.gather(mine)
+        except Lost as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
         problems = {f"rank {rank}: {each.problem}" for rank, each in enumerate(found) if each.problem}
         table.add_row(name, "\n".join(sorted({each.said for each in found})), "\n".join(sorted(problems)))
         if problems:  # what comes next may wait for a rank that cannot answer
@@ -83,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             break
     if ranks.first:
         Console().print(table)
+    ranks.leave()
     if not well:
         raise SystemExit(1)
 
@@ -186,7 +196,8 @@ def step(run: Run, ranks: Ranks) -> Finding:
     seconds = time.perf_counter() - began - read
     objection = next((e.last.objection for e in task.engines.values() if e.last and e.last.objection), None)
     size = 4 * len(KINDS) * sum(prod(shape) for e in task.engines.values() for shape in e.shapes().values())
-    kept = size * (run.schedule.keep + 1)  # a new one is whole before an old one goes
+    there = len(checkpoint.held(run.folder / "checkpoints"))
+    more = size * max(1, run.schedule.keep + 1 - there)  # a new one is whole before an old one goes
     free = shutil.disk_usage(_existing(run.folder.absolute())).free
     memory = ""
     if ranks.device.type == "cuda":
@@ -194,12 +205,12 @@ def step(run: Run, ranks: Ranks) -> Finding:
         memory = f"; peak {torch.cuda.max_memory_allocated() / 1e9:,.1f} of {total / 1e9:,.1f} GB"
     said = (
         f"read in {max(ranks.gather(read)):.2f} s, stepped in {max(ranks.gather(seconds)):.2f} s (the first is slow): {loss}"
-        f"{memory if ranks.first else ''}\na checkpoint takes {size / 1e9:,.2f} GB, {kept / 1e9:,.2f} GB at a time"
+        f"{memory if ranks.first else ''}\na checkpoint takes {size / 1e9:,.2f} GB, all to come {more / 1e9:,.2f} GB"
     )
     if objection:
         return Finding(said, f"the first step is refused: {objection}; look at the data and the starting weights")
-    full = f"the disk has {free / 1e9:,.2f} GB free; make room, or lower schedule.keep"
-    return Finding(said, full if free < kept else None)
+    full = f"the disk has {free / 1e9:,.2f} GB free; make room" + ", or lower schedule.keep" * (more > size)
+    return Finding(said, full if free < more else None)
 
 
 def _careful(look: Look, run: Run, ranks: Ranks) -> Finding:

@@ -123,6 +123,10 @@ def deepspeed_config(config: EngineConfig, *, batch_size: int, accumulation: int
         raise ValueError(f"engine.deepspeed_json: {config.deepspeed_json} is not JSON ({error})") from error
     if not isinstance(theirs, dict):
         raise ValueError(f"engine.deepspeed_json: {config.deepspeed_json} is no JSON object; give DeepSpeed's own format")
+    zero = theirs.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    if isinstance(offload, dict) and offload.get("device", "none") != "none" and not config.offload_optimizer:
+        raise ValueError("engine.deepspeed_json: offload_optimizer is set there alone; set engine.offload_optimizer as well")
     for key in ("optimizer", "scheduler", "fp16", "amp"):
         if key in theirs:
             raise ValueError(f"engine.deepspeed_json: {key} is not read; remove it and set the run's optim and engine")
@@ -234,11 +238,12 @@ class Engine:
         return Step(loss, norm, lr, objection)
 
     @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
-        """The bare module, whole on every rank, in eval mode and float32, holding the averages; all ranks enter together."""
+    def averaged(self, kind: str = "average") -> Iterator[nn.Module]:
+        """The bare module, whole on every rank, in eval mode and float32, holding the averages, or another of KINDS; all
+        ranks enter together."""
         mode = self.module.training
         with self._shards.whole(), torch.no_grad():
-            averages = {id(p): self._shards.gather(p, "average").float() for _, p in self._shards.trained}
+            averages = {id(p): self._shards.gather(p, kind).float() for _, p in self._shards.trained}
             state = [*self.module.parameters(), *self.module.buffers()]
             own = [tensor.data for tensor in state]
             for tensor in state:  # exchanged, not copied into: DeepSpeed's flat buffers behind them stay as they are
@@ -250,6 +255,15 @@ class Engine:
                 for tensor, data in zip(state, own, strict=True):
                     tensor.data = data
                 self.module.train(mode)
+
+    @contextmanager
+    def averages_on_host(self, beside: Container[str]) -> Iterator[dict[str, Tensor]]:
+        """The averages by name on the first rank, float32 in its host's memory, and none on the others, while the
+        module's parameters that are named `beside` and do not train are whole; all ranks enter together. No device holds
+        more of what trains than in a step."""
+        held = dict(self.tensors("average", None if self.ranks.first else ()))
+        with self._shards.whole(lambda name, p: name in beside and not p.requires_grad):
+            yield held
 
     def tensors(self, kind: str, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 CPU copy) of one of KINDS, for every trained parameter or those that this rank wants; all ranks
@@ -406,15 +420,17 @@ class _Shards:
                 safe_set_local_optimizer_state(p, own(tensor), kind)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Parameters whole on every rank and the module free of DeepSpeed's hooks, as sampling needs it."""
+    def whole(self, wanted: Callable[[str, nn.Parameter], bool] = lambda name, p: True) -> Iterator[None]:
+        """Parameters, or those of them that are wanted, whole on every rank and the module free of DeepSpeed's hooks, as
+        sampling needs it."""
         if self.stage < 3:
             yield
             return
         from deepspeed.runtime.zero import GatheredParameters
 
         offload = self.zero.parameter_offload
-        with GatheredParameters(list(self.module.parameters()), modifier_rank=None):
+        gathered = [p for name, p in self.module.named_parameters() if wanted(name, p)]
+        with GatheredParameters(gathered, modifier_rank=None):
             offload._remove_module_hooks()
             offload.forward_hooks.clear()
             offload.backward_hooks.clear()

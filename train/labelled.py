@@ -18,6 +18,7 @@ from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
 from data.told import ScenesTold
 from data.world.labels import Withhold, labels_config
+from model.assets import fingerprint, tensors_of
 from model.decoder import load_sit, save_sit
 from model.files import match
 from model.labels import LABELS_FILE, Labels, load_labels
@@ -73,8 +74,17 @@ class LabelledTaskConfig:
         module.labels.requires_grad_(self.train_labels)
         points = (self.sit.latent_size // self.sit.patch, self.align_points) if self.align else None
         loader = loader_for(LabelledCollate(run.data.image_size, points=points), run, ranks)
-        vae = load_vae(self.vae).to(ranks.device)
-        return LabelledTask(self, module, vae, engine_for(module, run, ranks), loader, run, ranks)
+        vae, sit = load_vae(self.vae).to(ranks.device), self.sit
+        if (vae.latent_channels, vae.factor * sit.latent_size) != (sit.latent_channels, run.data.image_size):
+            raise ValueError(
+                f"data.image_size is {run.data.image_size}; task.sit draws latents of {sit.latent_channels} x "
+                f"{sit.latent_size} x {sit.latent_size}, and task.vae makes {vae.latent_channels} of {vae.factor} x "
+                f"{vae.factor} pixels each; make them fit"
+            )
+        read = {"vae": vae.autoencoder, **({} if self.train_labels else {"labels": module.labels})}
+        # before an engine rounds the words, or parts them
+        frozen = {name: fingerprint(tensors_of(part)) for name, part in read.items()} if ranks.first else {}
+        return LabelledTask(self, module, vae, engine_for(module, run, ranks), loader, frozen, run, ranks)
 
 
 class LabelledOutput(NamedTuple):
@@ -131,6 +141,7 @@ class LabelledTask(LoaderTask):
         vae: LatentVAE,
         engine: Engine,
         loader: Loader,
+        frozen: dict[str, str],
         run: Run,
         ranks: Ranks,
     ) -> None:
@@ -138,6 +149,8 @@ class LabelledTask(LoaderTask):
         self.seed, self.batch_size, self.ranks = run.seed, run.schedule.batch_size, ranks
         self.noising, self.told = build_noising(config.noise), ScenesTold(config.withhold, config.spare)
         self.latent_shape = (config.sit.latent_channels, config.sit.latent_size, config.sit.latent_size)
+        self.shown = loader.first() if ranks.first else None
+        self._frozen = frozen
         self.engines = {"main": engine}
 
     def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
@@ -160,12 +173,16 @@ class LabelledTask(LoaderTask):
         self.engine.step()
         return measured
 
+    def frozen(self) -> dict[str, str]:
+        """The VAE, and the words where they do not train."""
+        return self._frozen
+
     def preview(self, folder: Path, step: int) -> None:
         """Eight pictures beside what is drawn from their whole labels: previews/step-00000500.png."""
         with self.engine.averaged():
-            if not self.ranks.first:
+            if self.shown is None:
                 return
-            batch = next(self.batches(0))
+            batch = self.shown
             rows = slice(0, 8)
             words, places = (part[rows].to(self.ranks.device) for part in self.told.whole(batch, self.seed))
             condition = self.module.labels(words, places)  # [8, L, C]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from errno import ENOLCK, ENOSYS, EOPNOTSUPP
@@ -80,10 +81,12 @@ def fit(
     ranks: Ranks,
     watch: WatchConfig = WatchConfig(),
     allow_change: bool = False,
+    interrupted: Sequence[str] | None = None,
 ) -> bool:
     """Train to the last step from wherever `folder` stands; every rank calls it.
 
-    `config` is stored in checkpoints. False when a signal stopped the run early, after saving. Raises `Diverged` when too
+    `config` is stored in checkpoints. `interrupted`: the list of an `interruptible` that the caller is in; None: signals
+    count from here on. False when one stopped the run early, after saving. Raises `Diverged` when too
     many steps in a row were refused and going back did not help, ValueError for settings that the task does not fit, and
     OSError when the state at the end cannot be saved; any other save that fails is only told. A part that takes longer than
     `watch` allows ends the process.
@@ -94,24 +97,36 @@ def fit(
             f"schedule.keep_best is {schedule.keep_best}, and this run's previews measure {known}; name one of it"
         )
     frozen = {**task.frozen(), **task.reads()} if ranks.first else {}
-    step, samples, skipped, changed = _resume(task, folder, resume, config, frozen, allow_change, ranks)
     root = folder / "checkpoints"
     keep = checkpoint.Keep(schedule.keep, schedule.keep_every, schedule.keep_best, lowest=schedule.best_is == "lowest")
-    with (
-        _held(folder, ranks),
-        Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps, settings=config) as log,
-        _interruptible() as interrupted,
-        Watchdog(watch, ranks.rank, ranks.world) as dog,
-        Saver(
-            root, task.engines, config, keep, ranks, frozen, schedule.save_in_background, watch.save_seconds, log.event
-        ) as saver,
-    ):
+    with ExitStack() as held:
+        held.enter_context(_held(folder, ranks))  # before looking for a checkpoint: who trains there may write another
+        step, samples, skipped, changed = _resume(task, folder, resume, config, frozen, allow_change, ranks)
+        log = held.enter_context(Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps, settings=config))
+        interrupted = held.enter_context(interruptible()) if interrupted is None else interrupted
+        dog = held.enter_context(Watchdog(watch, ranks.rank, ranks.world))
+        saver = held.enter_context(
+            Saver(
+                root,
+                task.engines,
+                config,
+                keep,
+                ranks,
+                frozen,
+                background=schedule.save_in_background,
+                limit_seconds=watch.save_seconds,
+                tell=log.event,
+            )
+        )
         checkpoint.set_aside(root, step, ranks)
         if ranks.first:
             write_whole(folder / "run.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n") and None)
         log.console.print(f"{folder}: from step {step} to {schedule.steps}, sample {samples} on, {ranks.world} rank(s)")
         for line in changed:
             log.console.print(f"  changed since the checkpoint: {line}")
+        if ranks.any(bool(interrupted)):  # while networks were read, say; nothing is new that could be saved
+            log.event(step, "stopped", signal=interrupted[0] if interrupted else "on another rank")
+            return False
         batches = task.batches(samples)
         clock = _Clock()
         window = Window()
@@ -142,15 +157,18 @@ def fit(
                         saver.finish()
                 clock.restart()
             saver.report()
+            if stop and not last:
+                log.event(step, "stopped", signal=interrupted[0] if interrupted else "on another rank")
+                return False
             if last or (schedule.preview_every and step % schedule.preview_every == 0):
-                if measured := task.preview(folder / "previews", step):
+                with dog.limit("preview"):
+                    measured = task.preview(folder / "previews", step)
+                    ranks.barrier()
+                if measured:
                     log.event(step, "preview", **measured)
                     with dog.limit("save"):
                         saver.note(step, measured)
                 clock.restart()
-            if stop and not last:
-                log.event(step, "stopped", signal=interrupted[0] if interrupted else "on another rank")
-                return False
         with dog.limit("save"):
             saver.finish()
         task.release(folder / "release")
@@ -162,10 +180,11 @@ def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Nobody else trains in `folder` meanwhile: two that write one run would mix their steps. Raises ValueError, on every
     rank, when another process does, or the folder cannot be written. The system lets go of it however this process ends;
     a file system without locks is taken as it is."""
-    problem = None
+    problem, new = None, False
     with ExitStack() as held:
         if ranks.first:
             try:
+                new = not folder.exists()
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = held.enter_context((folder / ".lock").open("a+"))
                 flock(lock, LOCK_EX | LOCK_NB)
@@ -182,7 +201,12 @@ def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
                     problem = f"out: {folder} cannot be written ({error.strerror}); give another --out"
         if problem := ranks.share(problem):
             raise ValueError(problem)
-        yield
+        try:
+            yield
+        except ValueError:
+            if new and [*folder.iterdir()] == [folder / ".lock"]:  # refused before anything came of it
+                shutil.rmtree(folder)
+            raise
 
 
 def _resume(
@@ -286,7 +310,7 @@ class _Clock:
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[str]]:
+def interruptible() -> Iterator[list[str]]:
     """A list that the first SIGTERM, SIGINT or SIGUSR1 enters by name; a second of its kind ends the process at once, also
     while it waits for another rank."""
     caught: list[str] = []

@@ -17,6 +17,7 @@ from data.loader import Loader, World
 from data.records import DRAWN
 from data.shards import Shards
 from model.connector import grown
+from model.decoder import SiTDecoder
 from model.files import match, read_tensors
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 from model.mllm import load
@@ -62,7 +63,8 @@ class MetaQueryTaskConfig:
             start_from(model, self.init)
         model.place(ranks.device)
         head = self._head(run)
-        check_buckets(run.data, model.vae.factor)
+        patch = model.decoder.sit.config.patch if isinstance(model.decoder, SiTDecoder) else 1
+        check_buckets(run.data, model.vae.factor * patch)
         builder, data = model.mllm.builder, run.data
         collate = TextToImageCollate(builder, data.image_size, data.dropout, run.seed, data.buckets)
         loader = loader_for(collate, run, ranks)
@@ -101,9 +103,11 @@ class BridgeTask(Task):
 
     def release(self, folder: Path) -> None:
         """The averaged weights as a release folder."""
-        with self.engine.averaged():
+        with self.engine.averages_on_host(beside=self.model.own_tensors()) as averages:
             if self.ranks.first:
-                save(folder, self.model)
+                others = {name: tensor for name, tensor in self.model.own_tensors().items() if name not in averages}
+                floats = {name: tensor.float() for name, tensor in others.items() if tensor.is_floating_point()}
+                save(folder, self.model, floats | averages)
 
 
 class MetaQueryTask(BridgeTask, LoaderTask):

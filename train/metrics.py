@@ -168,8 +168,10 @@ def _shown(name: str, value: float) -> str:
 def _rewind(path: Path, step: int) -> None:
     """Drop lines written after `step`: the resumed run writes them again, and no step appears twice."""
     if path.exists():
-        lines = path.read_text().splitlines()
-        path.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step))
+        text = path.read_text()
+        kept = "".join(line + "\n" for line in text.splitlines() if _step_of(line) <= step)
+        if kept != text:
+            write_whole(path, lambda draft: draft.write_text(kept))
 
 
 def _step_of(line: str) -> float:

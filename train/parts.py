@@ -35,13 +35,14 @@ def steps(model: MetaQuery, prefix_tokens: int, batch_size: int = 1) -> dict[str
     vectors = torch.zeros(model.config.queries, model.mllm.width, requires_grad=True)  # [Q, D]
     known = model.mllm.prefill(prefix)
     states = torch.zeros(batch_size, *vectors.shape, requires_grad=True)  # [B, Q, D]
+    looked = known.looked() if model.connector.config.looks else None
     condition = torch.zeros(batch_size, len(vectors), model.decoder.condition_width, requires_grad=True)  # [B, Q, C]
     x_t, t = torch.zeros(batch_size, channels, height, width), torch.zeros(batch_size)
     made: dict[str, Callable[[], Tensor]] = {
         "vae": lambda: model.vae.encode(pixels),
         "prefix": lambda: model.mllm.prefill(prefix).states,
         "queries": lambda: model.mllm.read(known, vectors),
-        "connector": lambda: model.connector(states),
+        "connector": lambda: model.connector(states, looked),
         "decoder": lambda: model.decoder(x_t, t, condition),
     }
     if model.queries is None:

@@ -77,7 +77,10 @@ def plan(run: Run, world: int, prefix_tokens: int) -> dict[str, Measure]:
     activations = size * sum(kept(model, prefix_tokens).values())
     counted = flops(blueprint(unchecked(config)), prefix_tokens)
     rank = memory(model, run.engine, world) | {"activations": activations}
-    host = {"optimizer": rank.pop("optimizer")} if run.engine.offload_optimizer else {}
+    host: dict[str, float] = {}
+    if run.engine.offload_optimizer:  # its gradients go with it, in float32, and those that accumulate once more
+        width = 4 + GRADIENT_BYTES[run.engine.precision] * (run.schedule.accumulation > 1)
+        host = {"optimizer": rank.pop("optimizer"), "gradients": width * _trained(model) / world}
     tokens = prefix_tokens + config.queries
     measures = {f"plan.{part}.parameters": Measure(_size(module)) for part, module in parts(model).items()}
     measures |= {f"plan.{part}.trained": Measure(_trained(module)) for part, module in parts(model).items()}

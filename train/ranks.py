@@ -73,6 +73,15 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def leave(self) -> None:
+        """Wait for all ranks and part; the last that a process which ends well does with them.
+
+        Without it, threads of Gloo that still hold a tensor when Python ends abort the process, now and then.
+        """
+        if self.world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
 
 def start(timeout_seconds: float) -> Ranks:
     """Join the process group that the launcher's environment describes (one process when it describes none).
@@ -88,7 +97,13 @@ def start(timeout_seconds: float) -> Ranks:
     rank, world = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local, seen = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= seen:
+            raise ValueError(
+                f"environment: LOCAL_RANK is {local} and this process sees {seen} GPU(s); start one process for each GPU, "
+                "and let each see all of its machine"
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -100,6 +115,13 @@ def start(timeout_seconds: float) -> Ranks:
             with others_answer():
                 store, _, _ = next(rendezvous("env://", timeout=timeout))  # waits for the first machine, and its name
                 store.set_timeout(timeout)
+                store.set(f"device of {rank}", device.type)
+                first = store.get("device of 0").decode()
+                if first != device.type:
+                    raise ValueError(
+                        f"rank {rank} on {socket.gethostname()} computes on {device.type} and the first one on {first}; see "
+                        "whether nvidia-smi finds its GPUs there"
+                    )
                 if interface := _interface(os.environ["MASTER_ADDR"]):
                     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
                 dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
@@ -113,6 +135,8 @@ def others_answer() -> Iterator[None]:
         yield
     except RuntimeError as error:
         said = re.split(r"\.?(?:\n|$)|\. ", str(error))[0]
+        if said.startswith("NCCL error"):  # the reason comes last
+            said = " ".join(str(error).split())
         if not isinstance(error, dist.DistError) and "/gloo/" not in said:  # Gloo's have no class of their own
             raise
         who = f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"

@@ -124,6 +124,9 @@ class RepaeTaskConfig:
             raise ValueError("task.sit is None and task.train_vae is off: nothing is left to train")
         if self.sit is None and self.init is not None:
             raise ValueError("task.init is a SiT to go on from, and task.sit is None; leave one of them out")
+        for name in ("align_until", "freeze_vae_after"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"task.{name} is {getattr(self, name)}; give a step, or 0 for none")
         if not 0 < self.recon_fraction <= 1:
             raise ValueError(f"task.recon_fraction is {self.recon_fraction}; give a share above 0, up to 1")
         if self.flip and not isinstance(self.told, ClassesTold):
@@ -144,7 +147,7 @@ class RepaeTaskConfig:
         if self.train_vae and (on_cpu if self.merged_upsampling is None else self.merged_upsampling):
             merge_upsampling(coder)
         self._check(coder, run.data.image_size, ranks)
-        check_buckets(run.data, coder.factor)
+        check_buckets(run.data, coder.factor * (1 if self.sit is None else self.sit.patch))
         for source in run.data.sources:
             if isinstance(source, Shards) and source.latents is not None:
                 if self.train_vae or self.flip or wanted == "t2i":
@@ -202,6 +205,8 @@ class RepaeTaskConfig:
     def _check(self, coder: Autoencoder, image_size: int, ranks: Ranks) -> None:
         """ValueError where the parts do not fit each other or the machine."""
         side, sit = image_size / coder.factor, self.sit
+        if image_size % coder.factor:
+            raise ValueError(f"data.image_size is {image_size}; give a multiple of {coder.factor}")
         if sit is not None and (sit.latent_channels, sit.latent_size) != (coder.latent_channels, side):
             raise ValueError(
                 f"task.sit draws latents of {sit.latent_channels} x {sit.latent_size} x {sit.latent_size}, and task.vae "
@@ -299,6 +304,7 @@ class RepaeTask(LoaderTask):
         self.config, self.engines, self.coder, self.vae = config, engines, coder, vae
         self.targets, self.distance, self.loader = targets, distance, loader
         self.seed, self.batch_size, self.ema, self.ranks = run.seed, run.schedule.batch_size, run.ema, ranks
+        self.shown = loader.first() if ranks.first else None
         self.sit: Any = engines["main"].module if "main" in engines else None
 
     @property
@@ -316,7 +322,7 @@ class RepaeTask(LoaderTask):
         pixels = batch.pixels.to(device)
         seen = self._seen(pixels)  # [B, N, E] for each target
         measured: dict[str, Tensor] = {}
-        if self._vae_trains:
+        if self.vae_trains:
             count = max(1, round(config.recon_fraction * len(pixels)))
             coded = Coded(*self.engines["vae"](pixels, posterior, count))
             measured |= self._step_vae(coded, pixels[:count], given, seen)
@@ -355,7 +361,8 @@ class RepaeTask(LoaderTask):
         release(self, folder)
 
     @property
-    def _vae_trains(self) -> bool:
+    def vae_trains(self) -> bool:
+        """Whether the VAE is one of what trains, and not frozen by now."""
         after = self.config.freeze_vae_after
         return "vae" in self.engines and not (after and self.steps >= after)
 

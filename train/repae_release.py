@@ -30,9 +30,9 @@ DRAWING_STEPS = 16
 
 
 def release(task: RepaeTask, folder: Path) -> None:
-    """vae/: an AutoencoderKL whose config carries the statistics of its latents; sit/: the SiT, its labels beside it, both
-    averaged; noise.json: the schedule; where captions were read, bridge/: the MetaQuery of the two. Every rank calls it, the
-    first writes."""
+    """vae/: an AutoencoderKL whose config carries the statistics of its latents; sit/: the SiT, its labels beside it; both
+    averaged, but for a VAE that stays by now; noise.json: the schedule; where captions were read, bridge/: the MetaQuery of
+    the two. Every rank calls it, the first writes."""
     with _averaged(task):
         if not task.ranks.first:
             return
@@ -73,7 +73,8 @@ def preview(task: RepaeTask, path: Path) -> None:
     with _averaged(task):
         if not task.ranks.first:
             return
-        batch, device = next(task.batches(0)), task.ranks.device
+        assert task.shown is not None
+        batch, device = task.shown, task.ranks.device
         pixels = batch.pixels[:SHOWN].to(device)
         shape = task.coder.latent_shape(pixels)
         dtype = next(task.coder.parameters()).dtype
@@ -93,8 +94,10 @@ def preview(task: RepaeTask, path: Path) -> None:
 
 
 def _averaged(task: RepaeTask) -> ExitStack:
+    """With the averages; of a VAE that stays since a step, with the weights that the SiT has gone on with."""
     stack = ExitStack()
     for name in ("vae", "main"):
         if name in task.engines:
-            stack.enter_context(task.engines[name].averaged())
+            kind = "weights" if name == "vae" and not task.vae_trains else "average"
+            stack.enter_context(task.engines[name].averaged(kind))
     return stack

@@ -17,7 +17,7 @@ import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from model.files import did_you_mean, dump_config, parse_config, read_json
 from sample import cli
 from train.config import Run
 from train.guard import Diverged
-from train.loop import fit
-from train.ranks import Lost, others_answer, start
+from train.loop import fit, interruptible
+from train.ranks import Lost, Ranks, others_answer, start
 
 DIVERGED, LOST, INTERRUPTED = 1, os.EX_UNAVAILABLE, os.EX_TEMPFAIL
 PLAN = "--plan"
@@ -46,33 +46,40 @@ def main(argv: list[str] | None = None) -> None:
     run = parse(words)
     try:
         with others_answer():
-            finished = _train(run)
-    except (Diverged, Lost) as error:
+            ranks = start(run.engine.timeout_seconds)
+            with interruptible() as interrupted:
+                code = train(run, ranks, interrupted)
+                ranks.leave()
+    except Lost as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(DIVERGED if isinstance(error, Diverged) else LOST) from error
-    if not finished:
-        raise SystemExit(INTERRUPTED)
+        raise SystemExit(LOST) from error
+    if code:
+        raise SystemExit(code)
 
 
-def _train(run: Run) -> bool:
-    """False when a signal stopped it early."""
-    ranks = start(run.engine.timeout_seconds)
+def train(run: Run, ranks: Ranks, interrupted: Sequence[str] | None = None) -> int:
+    """Train one run to its end, or to a signal (`interrupted`: as of `fit`). The exit code, the same on all ranks; raises
+    ValueError for what the user can mend."""
     torch.manual_seed(run.seed)
     task = run.task.build(run, ranks)
-    finished = fit(
-        task,
-        run.schedule,
-        seed=run.seed,
-        folder=run.folder,
-        config=dump_config(run),
-        resume=run.resume,
-        metrics=run.metrics,
-        ranks=ranks,
-        watch=run.watch,
-        allow_change=run.allow_change,
-    )
-    ranks.barrier()
-    return finished
+    try:
+        finished = fit(
+            task,
+            run.schedule,
+            seed=run.seed,
+            folder=run.folder,
+            config=dump_config(run),
+            resume=run.resume,
+            metrics=run.metrics,
+            ranks=ranks,
+            watch=run.watch,
+            allow_change=run.allow_change,
+            interrupted=interrupted,
+        )
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return DIVERGED
+    return 0 if finished else INTERRUPTED
 
 
 def parse(argv: list[str]) -> Run:

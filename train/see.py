@@ -20,7 +20,7 @@ from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
 from data.transforms import to_pil
 from data.world.dense import points_of
-from model.assets import locate
+from model.assets import fingerprint, locate, tensors_of
 from model.embedded import save
 from model.mllm import MLLMConfig, load
 from model.prefix import join
@@ -122,6 +122,11 @@ class SeeTask(LoaderTask):
         self.engine.backward(loss)
         self.engine.step()
         return {"loss": loss.detach(), "shape_accuracy": accuracy}
+
+    def frozen(self) -> dict[str, str]:
+        """The language model."""
+        tensors = tensors_of(self.mllm.model)
+        return {"mllm": fingerprint({name: t for name, t in tensors.items() if not name.startswith("model.visual.")})}
 
     def release(self, folder: Path) -> None:
         """The whole model, in the hub's layout, with the averaged vision tower."""

@@ -107,6 +107,6 @@ def loader_for(collate: Collate, run: Run, ranks: Ranks) -> Loader:
 
 
 def check_buckets(data: Data, factor: int) -> None:
-    """ValueError unless an autoencoder that shrinks by `factor` takes pictures of all shapes."""
+    """ValueError unless pictures of all shapes are whole numbers of cells of `factor` pixels a side."""
     if data.buckets is not None and data.bucket_step % factor:
-        raise ValueError(f"data.bucket_step is {data.bucket_step}; the autoencoder takes multiples of {factor}, give one")
+        raise ValueError(f"data.bucket_step is {data.bucket_step}; VAE and decoder take multiples of {factor}, give one")

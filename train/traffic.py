@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         show(f"{run.name} on {ranks.world} rank(s), {run.schedule.accumulation} micro-batch(es) a step", measures)
         if args.json is not None:
             record(args.json, measures)
+    ranks.leave()
 
 
 class Collectives(TorchDispatchMode):
@@ -104,11 +105,13 @@ class Collectives(TorchDispatchMode):
         """One operation."""
         if func.namespace != "c10d":
             return func(*args, **(kwargs or {}))
+        _settle()
         began = time.perf_counter()
         answer = func(*args, **(kwargs or {}))
         for part in tree_leaves(answer):
             if hasattr(part, "wait") and not isinstance(part, Tensor):
                 part.wait()
+        _settle()
         self.seconds += time.perf_counter() - began
         name: str = str(func.overloadpacket).rpartition(".")[2]
         tensors = [[part for part in tree_leaves(arg) if isinstance(part, Tensor)] for arg in args]
@@ -158,7 +161,14 @@ def one_step(task: MetaQueryTask, batches: Iterator[Any], run: Run) -> tuple[flo
         read += _read_bytes()[0] - before - own
         waited += time.perf_counter() - asked
         task.step(batch)
+    _settle()
     return time.perf_counter() - began, waited, read
+
+
+def _settle() -> None:
+    """Wait for the device, which else still works on what a clock is to time."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def official(run: Run, ranks: Ranks) -> MetaQueryTask:

@@ -10,6 +10,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,9 +23,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from data.batch import ChatBatch, ChatCollate
 from data.loader import Loader
 from data.world.conversations import Shares
-from model.assets import locate
-from model.embedded import EmbeddedConfig, make, save
-from model.files import dump_config
+from model.assets import fingerprint, locate
+from model.embedded import WEIGHTS, EmbeddedConfig, make, save
+from model.files import dump_config, sha256_of
 from model.mllm import MLLMConfig, load
 from model.prefix import IGNORED, Prefix
 from model.qwen import Qwen2_5_VL
@@ -86,6 +87,7 @@ class UnderstandConfig:
         if self.equal_pictures:
             batch_equal_pictures(mllm.model.model.visual)
         choose_trainable(mllm.model, self.trainable)
+        frozen = _frozen(mllm.model, source) if ranks.first else {}  # before an engine holds a part of each tensor alone
         speaker = Speaker(mllm.model, tell_places=self.place > 0).train()
         collate = GroupCollate(ChatCollate(mllm.builder), self.group, self.max_answers, run.seed)
         size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
@@ -95,7 +97,7 @@ class UnderstandConfig:
             rows = range(ranks.rank, size * self.group * ranks.world, ranks.world)
             others = "task.shares need data.sources to be one generated world; leave task.shares at None for others"
             groups = Talk(only_world(run.data, others), self.shares, collate, rows, run.data)
-        return UnderstandTask(speaker, engine_for(speaker, run, ranks), groups, size, source, run, ranks)
+        return UnderstandTask(speaker, engine_for(speaker, run, ranks), groups, size, source, frozen, run, ranks)
 
     def _source(self, run: Run, ranks: Ranks) -> Path:
         """The folder to load. A fresh model is made once per run, so that a resumed one has the same tokenizer."""
@@ -109,6 +111,8 @@ class UnderstandConfig:
         problem = None
         if ranks.first and not (folder.is_dir() and note.is_file() and note.read_text() == recipe):
             try:
+                if note.is_file() and any((run.folder / "checkpoints").glob("step-*")):
+                    raise ValueError(f"{folder} was made by other settings, which checkpoints are of; give another --out")
                 make(folder, self.fresh, training_text(self.text_conversations))
                 note.write_text(recipe)
             except (ValueError, OSError) as error:
@@ -178,14 +182,15 @@ class Speaker(nn.Module):
         model: Any = self.model
         return torch.cat(list(model.get_image_features(pixels, grids, return_dict=True).pooler_output)).mean()
 
-    def _apply(self, fn, recurse=True):
-        """Moves and rounds as any module, but keeps buffers in float32: rounded rotary frequencies would teach the
-        model positions that it does not have when it is loaded."""
-        kept = {name: buffer.detach().clone() for name, buffer in self.named_buffers()}
-        moved = super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers():
-            buffer.data = kept[name].to(buffer.device)
-        return moved
+
+def _frozen(model: Qwen2_5_VLForConditionalGeneration, source: Path) -> dict[str, str]:
+    """sha256 of what is read and not trained."""
+    beside = sha256()
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.endswith(WEIGHTS):
+            beside.update(f"{file.name} {sha256_of(file)}\n".encode())
+    kept = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    return {"tokenizer": beside.hexdigest(), **({"mllm": fingerprint(kept)} if kept else {})}
 
 
 def answers_of(targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,12 +206,21 @@ class UnderstandTask(Task):
     """Trains an MLLM to say what the assistant says in its conversations."""
 
     def __init__(
-        self, speaker: Speaker, engine: Engine, groups: Loader | Talk, size: int, source: Path, run: Run, ranks: Ranks
+        self,
+        speaker: Speaker,
+        engine: Engine,
+        groups: Loader | Talk,
+        size: int,
+        source: Path,
+        frozen: dict[str, str],
+        run: Run,
+        ranks: Ranks,
     ) -> None:
         assert isinstance(run.task, UnderstandConfig)
         self.engine, self.groups, self.source, self.ranks, self.run = engine, groups, source, ranks, run
         self.config = run.task
         self.batch = size * ranks.world  # samples of one micro-batch over all ranks
+        self._frozen = frozen
         self.engines = {"main": engine}
 
     def batches(self, samples: int) -> Iterator[ChatBatch]:
@@ -230,6 +244,18 @@ class UnderstandTask(Task):
         self.engine.backward(objective)
         self.engine.step()
         return measured
+
+    def counts(self) -> dict[str, int]:
+        """Samples that could not be used and were replaced."""
+        return {"rejected": self.groups.rejects.total()} if isinstance(self.groups, Loader) else {}
+
+    def frozen(self) -> dict[str, str]:
+        """The tokenizer with all that lies beside the weights, and the weights that do not train."""
+        return self._frozen
+
+    def reads(self) -> dict[str, str]:
+        """The loader's sources, their shares and its seed."""
+        return {"data": self.groups.fingerprint()} if isinstance(self.groups, Loader) else {}
 
     def measures(self) -> set[str]:
         """Those of the exam."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 HUNG = 6
 """The exit code."""
-PARTS = {"data": "reading a batch", "step": "a step", "save": "saving"}
+PARTS = {"data": "reading a batch", "step": "a step", "save": "saving", "preview": "a preview"}
 """"X" has its limit in watch.X_seconds."""
 
 
@@ -32,6 +32,8 @@ class WatchConfig:
     """For a micro-batch through forward, backward and optimizer; the first may compile."""
     save_seconds: float = 480.0
     """For a checkpoint."""
+    preview_seconds: float = 480.0
+    """For what is drawn or asked on the way, while the other ranks wait."""
 
     def __post_init__(self) -> None:
         for part in PARTS:
