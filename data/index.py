@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import tyro
 
@@ -54,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = tyro.cli(Args, args=arguments, prog="python -m data.index", description=__doc__)
     try:
         work = _verified if args.verify else partial(_indexed, out=args.out)
-        found = list(each_shard(work, expand(args.urls), args.jobs, "verifying" if args.verify else "indexing"))
+        paths = expand(args.urls)
+        if args.out is not None and len({os.path.basename(urlsplit(path).path) for path in paths}) < len(paths):
+            raise ValueError("urls: two shards have the same name, and --out keeps indexes by it; index their folders apart")
+        found = list(each_shard(work, paths, args.jobs, "verifying" if args.verify else "indexing"))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -34,7 +34,7 @@ def latent_fingerprint(vae: LatentVAE, image_size: int) -> str:
 def shard_state(index: ShardIndex) -> str:
     """sha256 over a shard's size, keys and places of members: what changes when it is packed again."""
     digest = hashlib.sha256(str(os.path.getsize(index.path)).encode())
-    digest.update(index.keys.tobytes() + index.spans.tobytes())
+    digest.update(index.keys.tobytes() + index.places()[1])
     return digest.hexdigest()
 
 

@@ -108,15 +108,31 @@ class Positions(Dataset[T]):
         """Batches from `samples` on, prepared by the config's workers."""
         positions = itertools.count(self.samples, self.rows.stop)
         generator = torch.Generator().manual_seed(0)  # DataLoader would draw from the global stream otherwise
-        yield from DataLoader(
-            self,
+        for batch in DataLoader(
+            _Careful(self),
             batch_size=None,
             sampler=positions,
             num_workers=self._workers,
             collate_fn=_unchanged,
             generator=generator,
             worker_init_fn=_outlive_signals,
-        )
+        ):
+            if isinstance(batch, ValueError | OSError):
+                raise batch
+            yield batch
+
+
+class _Careful(Dataset[Any]):
+    """Gives an error that the user can mend as a result: torch would make a worker's whole traceback its message."""
+
+    def __init__(self, positions: Positions[Any]) -> None:
+        self._positions = positions
+
+    def __getitem__(self, position: int) -> Any:
+        try:
+            return self._positions[position]
+        except (ValueError, OSError) as error:
+            return error
 
 
 @dataclass(frozen=True)
@@ -148,10 +164,14 @@ class _Batches(Positions[_Fetched]):
             self._identity = (seed, weights, buckets, batch_size)
 
     def __iter__(self) -> Iterator[_Fetched]:
+        self.begin(self.samples)
+        yield from super().__iter__()
+
+    def begin(self, samples: int) -> None:
+        """Streams start anew, for what comes after global sample number `samples`."""
         for source in self._sources:
             if isinstance(source, StreamSource):
-                source.begin(self.samples)
-        yield from super().__iter__()
+                source.begin(samples)
 
     def fingerprint(self) -> str:
         """sha256 of the sources, their shares and the seed."""
@@ -236,6 +256,15 @@ class Loader:
     def fingerprint(self) -> str:
         """sha256 of what decides which sample a number stands for: every source, its share and the seed."""
         return self._batches.fingerprint()
+
+    def first(self) -> Any:
+        """The batch at sample 0, for what shows how far a training is; nothing is counted. Ask for it before iterating: of a
+        stream, it is the beginning of a pass. ValueError when its data is too bad."""
+        self._batches.begin(0)
+        fetched = self._batches[0]
+        if fetched.batch is None:
+            self.quality.judge(fetched.looked_at, fetched.rejects, whole=False)
+        return fetched.batch
 
     def __iter__(self) -> Iterator[Any]:
         """Batches from `samples` on. `samples` moves when a batch is handed out, however far the workers have read ahead."""

@@ -45,7 +45,7 @@ class Args:
     """Pixels a side, as the run that reads them will have it."""
     batch_size: int = 16
     part: str = "0/1"
-    """I/N: only every N-th shard, from number I on."""
+    """I/N: only every N-th shard, from number I on; the parts of one machine share its GPUs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def encode(args: Args) -> None:
     names = [os.path.basename(path) for path in paths]
     if len(set(names)) < len(names):
         raise ValueError("urls: two shards have the same name, and latents lie under it; encode their folders apart")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{first % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     vae = load_vae(args.vae).to(device)
     if args.image_size < vae.factor or args.image_size % vae.factor:
         raise ValueError(f"--image-size is {args.image_size}; the autoencoder takes multiples of {vae.factor}")

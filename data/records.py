@@ -170,8 +170,11 @@ def _image(raw: dict[str, Any]) -> Image.Image:
 
 
 def label_of(described: dict[str, Any]) -> int | dict[str, Any]:
-    """The scene or the class number of a sample's json; BadSample where there is neither."""
+    """The scene or the class number of a sample's json, where a member `cls` has put it too; BadSample where there is
+    neither."""
     label = described.get("scene", described.get("label"))
     if isinstance(label, bool) or not isinstance(label, int | dict):
         raise BadSample("no label")
+    if isinstance(label, int) and label < 0:
+        raise BadSample("a label is below 0")
     return label

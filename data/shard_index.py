@@ -25,9 +25,11 @@ from model.files import sha256_of, write_whole
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LATENT = "npy"  # the member of a tar of latents (data/latents.py)
-MAX_BYTES = dict.fromkeys(IMAGES, 64 << 20) | {"txt": 1 << 20, "json": 4 << 20, LATENT: 16 << 20}  # and no other kinds
+CLASS = "cls"  # the member of a class number
+MAX_BYTES = dict.fromkeys(IMAGES, 64 << 20) | {"txt": 1 << 20, "json": 4 << 20, CLASS: 64, LATENT: 16 << 20}
+"""By extension, of the members that are read."""
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key, then all past the first dot: webdataset's convention
-VERSION = 2
+VERSION = 3
 BLOCK_BYTES = 512  # of tar's format
 HEAD_BYTES = 1 << 16  # of a picture, in which its header nearly always lies
 
@@ -44,6 +46,11 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def places(self) -> tuple[tuple[str, ...], bytes]:
+        """Extensions and spans of all members but class numbers, which tell nothing that was always read."""
+        kept = [column for column, name in enumerate(self.extensions) if name != CLASS]
+        return tuple(self.extensions[column] for column in kept), self.spans[:, kept].tobytes()
 
 
 def index_shards(paths: Sequence[str], shapes: bool = False) -> list[ShardIndex]:
@@ -112,18 +119,23 @@ def _remote_indexes(urls: Sequence[str], shapes: bool) -> list[ShardIndex]:
     for url, content in zip(urls, _elsewhere(urls), strict=True):
         if content is None or not _suffices(content, False, shapes):
             raise ValueError(
-                f"shard {url} has no index{' with shapes' * shapes}; make it with data.index, or set the source's stream"
+                f"shard {url} has no index of version {VERSION}{' with shapes' * shapes}; make it with data.index, or "
+                "set the source's stream"
             )
         found.append(_to_index(url, content))
     return found
 
 
 def _elsewhere(urls: Sequence[str]) -> Iterator[dict | None]:
-    """What the indexes of these shards say, from beside them or from this user's cache folder."""
+    """What the indexes of these shards say, from beside them or from this user's cache folder; None where there is none.
+    OSError where none can be seen."""
     now = {"version": VERSION}
     for url, answer in zip(urls, download([beside(url, ".idx.json") for url in urls]), strict=True):
         content = _parsed(answer, now) if isinstance(answer, bytes) else None
-        yield content or next((held for cache in _caches(url) if (held := _cached(cache, now))), None)
+        content = content or next((held for cache in _caches(url) if (held := _cached(cache, now))), None)
+        if content is None and isinstance(answer, OSError) and not isinstance(answer, FileNotFoundError):
+            raise answer
+        yield content
 
 
 def recorded_digest(path: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 A shard is an uncompressed tar; a sample is its members with the same name up to the first dot: `000000042.jpg`,
 `000000042.txt`, `000000042.json`, and `000000042.source0.png` and so on for source images. Each shard is indexed once
 (data/shard_index.py), and from then on a sample costs one pread a member. Nothing is extracted to disk, and nothing but
-images, text and JSON is read.
+images, text, JSON and class numbers (`000000042.cls`) is read.
 """
 
 import glob
@@ -25,7 +25,7 @@ from PIL import Image
 
 from data.latents import decode_array, note, rows_of
 from data.records import BadSample
-from data.shard_index import BLOCK_BYTES, IMAGES, LATENT, MAX_BYTES, ShardIndex, index_shard, index_shards
+from data.shard_index import BLOCK_BYTES, CLASS, IMAGES, LATENT, MAX_BYTES, ShardIndex, index_shard, index_shards
 from data.storage import CacheConfig, Files, Span, Urls, is_url, store_of
 from data.transforms import decode_image, to_rgb
 
@@ -150,8 +150,9 @@ class ShardSource:
         """sha256 of the shards' names and of the names, places and sizes of their members: where they lie may change."""
         sha = hashlib.sha256()
         for found in self._indexes:
-            sha.update(repr((os.path.basename(found.path), len(found), found.extensions)).encode())
-            sha.update(found.keys.tobytes() + found.spans.tobytes())
+            extensions, spans = found.places()
+            sha.update(repr((os.path.basename(found.path), len(found), extensions)).encode())
+            sha.update(found.keys.tobytes() + spans)
         return sha.hexdigest()
 
     def _latent(self, shard: int, row: int) -> np.ndarray:
@@ -194,16 +195,19 @@ def decode_members(key: str, members: dict[str, bytes]) -> dict[str, Any]:
     """One sample's bytes by extension -> raw sample, its images upright RGB; BadSample where one cannot be decoded."""
     try:
         described = json.loads(members.get("json", b"{}"))
+        number = members.get(CLASS, b"").decode().strip()
         text = members.get("txt", b"").decode()
         images = {name: to_rgb(decode_image(data)) for name, data in members.items() if name.rpartition(".")[2] in IMAGES}
     except (json.JSONDecodeError, RecursionError) as error:
         raise BadSample("a json member cannot be parsed") from error
     except UnicodeDecodeError as error:
-        raise BadSample("a text or json member is not UTF-8") from error
+        raise BadSample("a text, json or cls member is not UTF-8") from error
     except ValueError as error:
         raise BadSample(str(error)) from error  # decode_image's fixed phrases
     if not isinstance(described, dict):
         raise BadSample("a json member is not an object")
+    if number and not isinstance(described.get("label"), int | dict):
+        described["label"] = int(number) if re.fullmatch(r"-?\d+", number) else number
     image = next((images[extension] for extension in IMAGES if extension in images), None)
     return {"key": key, "image": image, "txt": text, "json": described, "sources": _sources(images), "mask": _mask(images)}
 

@@ -13,9 +13,8 @@ import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf")
 MAX_OPEN_FILES = 64
 TRIES, FIRST_WAIT_SECONDS = 4, 0.5  # of a range that does not come: a network may fail for a moment
+MOMENTARY = (408, 429)  # answers of a web server that say "not now"
 SCANS = 64  # a process looks through the cache each time it has written so small a part of it
 FILLED = 0.75  # to which the cache is emptied then, so that many processes may write before the next look
 
@@ -141,12 +141,15 @@ class Urls:
         return data if len(data) == span.end - span.start else None  # cut short by a crash of the machine
 
     def _bring(self, spans: Sequence[Span]) -> list[bytes]:
-        found = _download(spans)
+        found, came = _download(spans), []
         for span, data in zip(spans, found, strict=True):
+            if isinstance(data, OSError):
+                raise data
             if len(data) > span.end - span.start:
                 raise OSError(f"{span.path} comes whole where a part was asked for; its server must serve ranges of bytes")
             self._keep(self._place(span), data)
-        return found
+            came.append(data)
+        return came
 
     def _keep(self, place: Path, data: bytes) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +168,7 @@ class Urls:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 return  # another process is at it
-            held = [(entry.stat(), Path(entry.path)) for folder in _folders(self._folder) for entry in os.scandir(folder)]
+            held = list(_held(self._folder))
             total = sum(state.st_size for state, _ in held)
             if total <= self._room * FILLED:
                 return
@@ -182,13 +185,22 @@ class Urls:
 
 @contextmanager
 def here(path: str) -> Iterator[str]:
-    """The local path of a whole file; one from elsewhere is fetched and lives as long as the context."""
+    """The local path of a whole file; one from elsewhere is fetched and lives as long as the context. OSError where it does
+    not come."""
     if not is_url(path):
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        copy = os.path.join(folder, "shard.tar")
-        store_of(path).get_file(path, copy)
+        copy, store = os.path.join(folder, "shard.tar"), store_of(path)
+        for attempt in range(TRIES):
+            wait(attempt)
+            try:
+                store.get_file(path, copy)
+                break
+            except Exception as error:
+                problem = unreached(path, error)
+                if attempt == TRIES - 1 or isinstance(problem, FileNotFoundError):
+                    raise problem from error
         yield copy
 
 
@@ -197,40 +209,53 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "querybridge"
 
 
-def download(urls: Sequence[str]) -> list[bytes | Exception]:
-    """Whole small files, at once; an exception where one does not come."""
-    found = store_of(urls[0]).cat(list(urls), on_error="return")
-    found = found if isinstance(found, dict) else {urls[0]: found}  # of a single URL it is the bytes alone
-    by_name = {_bare(name): content for name, content in found.items()}
-    return [by_name[_bare(url)] for url in urls]
+def download(urls: Sequence[str]) -> list[bytes | OSError]:
+    """Whole small files, at once, and an error for each that does not come: FileNotFoundError where there is none."""
+    return _download([(url, None, None) for url in urls])
 
 
-def _bare(url: str) -> str:
-    """Stores answer with their paths, without the scheme."""
-    return url.split("://", 1)[-1]
+def wait(attempt: int) -> None:
+    """Before trying for the so many-th time, counted from 0, to read from elsewhere."""
+    if attempt:
+        time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
 
 
-def _folders(folder: Path) -> list[str]:
-    return [entry.path for entry in os.scandir(folder) if entry.is_dir()]
+def unreached(path: str, error: Exception) -> OSError:
+    """What an error of a store means; their classes have nothing in common. FileNotFoundError: asking again is of no use."""
+    cause = error.__cause__
+    if isinstance(cause, TimeoutError) or (isinstance(cause, Exception) and type(cause).__module__.startswith("aiohttp")):
+        error = cause  # whatever a web server answers to the question for a file's size, fsspec calls it not found
+    status = getattr(error, "status", 0)
+    why = f"{type(error).__name__}: {error}"
+    if isinstance(error, FileNotFoundError | PermissionError) or (400 <= status < 500 and status not in MOMENTARY):
+        return FileNotFoundError(f"{path} is not there, or not for us ({why}); see whether the address is right")
+    return OSError(
+        f"{path} does not come after {TRIES} tries ({why}); see whether the address and the network are right, then run "
+        "again to go on from the last checkpoint"
+    )
 
 
-def _download(spans: Sequence[Span]) -> list[bytes]:
-    """Ranges of remote files, at once; what fails is asked for again, a little later each time."""
-    store, found = store_of(spans[0].path), dict[Span, bytes]()
-    for attempt in count():
-        open_ones = [span for span in spans if span not in found]
-        paths, starts, ends = zip(*open_ones, strict=True)
-        contents = store.cat_ranges(list(paths), list(starts), list(ends), on_error="return")
-        came = dict(zip(open_ones, contents, strict=True))
-        failed = [(span, content) for span, content in came.items() if isinstance(content, Exception)]
-        found |= {span: content for span, content in came.items() if isinstance(content, bytes)}
-        if not failed:
+def _held(folder: Path) -> Iterator[tuple[os.stat_result, Path]]:
+    """What a cache holds."""
+    for part in (entry.path for entry in os.scandir(folder) if entry.is_dir()):
+        for entry in os.scandir(part):
+            with suppress(FileNotFoundError):  # another process has just renamed its draft
+                yield entry.stat(), Path(entry.path)
+
+
+def _download(spans: Sequence[tuple[str, int | None, int | None]]) -> list[bytes | OSError]:
+    """Ranges of remote files, at once, with an error in place of what does not come; what fails for a moment is asked for
+    again, a little later each time."""
+    store, found = store_of(spans[0][0]), dict[tuple[str, int | None, int | None], bytes | OSError]()
+    for attempt in range(TRIES):
+        open_ones = [span for span in spans if not isinstance(found.get(span), bytes | FileNotFoundError)]
+        if not open_ones:
             break
-        if attempt == TRIES - 1:
-            (span, error), *_ = failed
-            raise OSError(
-                f"{span.path} does not come after {TRIES} tries ({type(error).__name__}: {error}); see whether the address "
-                "and the network are right, then run again to go on from the last checkpoint"
-            )
-        time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
+        wait(attempt)
+        paths, starts, ends = (list(each) for each in zip(*open_ones, strict=True))
+        contents = store.cat_ranges(paths, starts, ends, on_error="return")
+        found |= {
+            span: content if isinstance(content, bytes) else unreached(span[0], content)
+            for span, content in zip(open_ones, contents, strict=True)
+        }
     return [found[span] for span in spans]

@@ -20,7 +20,7 @@ from data.address import draw, permute
 from data.records import BadSample
 from data.shard_index import MAX_BYTES, members_of
 from data.shards import check_sizes, decode_members, expand
-from data.storage import TRIES, is_url, store_of
+from data.storage import TRIES, is_url, store_of, unreached, wait
 
 
 class _Packed(NamedTuple):
@@ -99,6 +99,7 @@ def _samples(shard: str) -> Iterator[_Packed]:
     """The samples of a shard; at last one without members if it is damaged. OSError where it does not come."""
     given = 0
     for attempt in range(TRIES):
+        wait(attempt)
         try:
             with _open(shard) as file:
                 for sample in islice(_grouped(file, shard), given, None):
@@ -108,9 +109,12 @@ def _samples(shard: str) -> Iterator[_Packed]:
         except ValueError:
             yield _Packed(shard, "", {})
             return
-        except OSError:
-            if attempt == TRIES - 1:
+        except Exception as error:
+            if not (is_url(shard) or isinstance(error, OSError)):
                 raise
+            problem = unreached(shard, error)
+            if attempt == TRIES - 1 or isinstance(problem, FileNotFoundError):
+                raise problem from error
 
 
 def _open(shard: str) -> AbstractContextManager[BinaryIO]:

@@ -3,7 +3,6 @@
 Each turn reads only what is new: the longest common prefix of what is known and what is asked, by ids and images, is taken
 from the cache. An image that a model looks at differently once another joins it (`ImageReader`) is read again."""
 
-import hashlib
 from collections.abc import Generator, Sequence
 from copy import copy
 from dataclasses import replace
@@ -13,7 +12,7 @@ from PIL import Image
 
 from model.frozen import Ended, FrozenMLLM, Tail
 from model.prefilled import Prefilled
-from model.prefix import ImageReader, Row, Seen, Turn
+from model.prefix import ImageReader, Row, Seen, Turn, digest_of
 
 
 class Dialogue:
@@ -94,10 +93,6 @@ def _shared(old: Row, new: Row) -> int:
     return count
 
 
-def _digest(image: Image.Image) -> bytes:
-    return hashlib.blake2b(f"{image.mode}{image.size}".encode() + image.tobytes()).digest()
-
-
 class _Remembered:
     """An image reader that looks at each image once, and says of the same image the same thing."""
 
@@ -108,7 +103,7 @@ class _Remembered:
 
     def __call__(self, image: Image.Image, alone: bool) -> Seen:
         """See `ImageReader`."""
-        key = _digest(image), alone and self.minds_company
+        key = digest_of(image), alone and self.minds_company
         if key not in self._seen:
             self._seen[key] = self.reader(image, alone)
         return self._seen[key]

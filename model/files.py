@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -50,7 +51,7 @@ def check_new(folder: Path, option: str = "--out") -> None:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary neighbour of `path`, then renames it. Makes the folder; leaves nothing on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{token_hex(4)}.part")  # ids repeat on other machines
     try:
         write(temporary)
         os.replace(temporary, path)

@@ -88,7 +88,7 @@ class Prefilled:
         to_come = ends.long().flip(1).cumsum(1).flip(1)  # [B, P]: pictures that end here or later
         ages = torch.where(self.pictures, to_come, -1 - to_come) * self.mask
         order = self.mask.byte().argsort(dim=1, stable=True)
-        if not self.mask.is_cuda:  # counting what is padding in every row would wait for a GPU
+        if self.mask.device.type == "cpu":  # counting what is padding in every row would wait for a GPU
             order = order[:, self.mask.shape[1] - int(self.mask.sum(1).max()) :]
         states = torch.cat([F.rms_norm(part, part.shape[-1:]) for part in self._parts()], dim=-1)  # [B, P, S]
         return Looked(states.gather(1, order.unsqueeze(-1).expand(-1, -1, states.shape[-1])), ages.gather(1, order))

@@ -3,6 +3,7 @@
 The model's own chat template frames the turns. What users wrote is encoded apart from the frame, as plain text: a
 `<|im_end|>` in a prompt cannot end the turn. Letters: B batch, P prefix tokens."""
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,11 @@ class Seen:
 
     tokens: list[int]  # in place of its mark
     tensors: dict[str, Tensor]  # by the model's own argument names; those of many images are joined on the first axis
+
+
+def digest_of(image: Image.Image) -> bytes:
+    """The same for the same pixels, and no other."""
+    return hashlib.blake2b(f"{image.mode}{image.size}".encode() + image.tobytes()).digest()
 
 
 class ImageReader(Protocol):

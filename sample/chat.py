@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import count
+from os.path import expanduser  # unlike that of pathlib, it leaves users alone who are not there
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -214,7 +215,7 @@ class Chat:
         names = [rest] if Path(rest).is_file() else shlex.split(rest)
         if not names:
             raise ValueError("/image: there is no path; name a picture, as in /image cat.png")
-        self.pictures += [open_picture(Path(name).expanduser()) for name in names]
+        self.pictures += [open_picture(Path(expanduser(name))) for name in names]
 
     def save(self, rest: str) -> None:
         """Writes the conversation."""
@@ -222,7 +223,7 @@ class Chat:
 
         if not rest:
             raise ValueError("/save: there is no file; name one, as in /save talk.json")
-        path = Path(rest.strip("\"'")).expanduser()
+        path = Path(expanduser(rest.strip("\"'")))
         save(path, self.session, [*self.session.drawn, *self.pictures])
         print(path, file=sys.stderr if self.args.json else sys.stdout)
 

@@ -10,9 +10,9 @@ command goes on where it was stopped, and the second one above only packs. The .
 
 import sys
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import tyro
@@ -22,6 +22,9 @@ from sample.cli import run
 from sample.drawn import is_there, ranks, save, share
 from sample.progress import progress
 from sample.settings import Guidance, SolverName
+
+if TYPE_CHECKING:
+    from sample.labelled import LabelledDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
     decoder = load_decoder(args.release)
     own = share(range(args.n), args.shard)
-    draw(args, decoder, [n for n in own if not is_there(path_of(args, n), about(args, n, decoder.classes))])
+    draw(args, decoder, [n for n in own if not is_there(path_of(args, n), about(args, n, decoder))])
     if args.npz is not None:
         pack(args, decoder.classes)
         print(f"{args.n} pictures in {args.npz}")
@@ -78,7 +81,7 @@ def label(args: Args, number: int, classes: int) -> int:
     return number % classes if args.labels == "balanced" else address(args.seed, "label", number) % classes
 
 
-def draw(args: Args, decoder, numbers: list[int]) -> None:
+def draw(args: Args, decoder: "LabelledDecoder", numbers: list[int]) -> None:
     """Draws and writes the pictures of these numbers."""
     import torch
 
@@ -94,16 +97,16 @@ def draw(args: Args, decoder, numbers: list[int]) -> None:
         told = words.view(-1, 1, 1), torch.zeros(len(batch), 1, 3, device=default_device())
         pixels = decoder.draw(told, [args.seed + number for number in batch], args.steps, args.solver, guidance)
         for number, picture in zip(batch, pixels.cpu(), strict=True):
-            save(path_of(args, number), to_pil(picture), about(args, number, decoder.classes))
+            save(path_of(args, number), to_pil(picture), about(args, number, decoder))
     if numbers:
         print(f"{len(numbers)} pictures in {args.out}")
 
 
-def about(args: Args, number: int, classes: int) -> dict[str, object]:
-    """What decides a picture, as text."""
-    kept = ("release", "labels", "solver", "steps", "guidance", "guidance_end")
-    settings = {name: value for name, value in asdict(args).items() if name in kept}
-    return {k: str(v) for k, v in (settings | {"class": label(args, number, classes), "seed": args.seed + number}).items()}
+def about(args: Args, number: int, decoder: "LabelledDecoder") -> dict[str, object]:
+    """What decides a picture."""
+    kept = ("labels", "solver", "steps", "guidance", "guidance_end")
+    own = {"class": label(args, number, decoder.classes), "seed": args.seed + number}
+    return {"release": decoder.fingerprint, **{name: getattr(args, name) for name in kept}, **own}
 
 
 def path_of(args: Args, number: int) -> Path:

@@ -16,6 +16,7 @@ from sample.drawn import read_about
 from sample.measures import Measure, mean
 from sample.pictures import open_picture
 from sample.progress import Watch
+from sample.prompts import lines_of
 
 
 class Clip:
@@ -82,7 +83,7 @@ def prompts_of(files: Sequence[Path], folder: Path, listed: Path | None) -> list
 
 def _listed(path: Path) -> dict[str, str]:
     told = {}
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in lines_of(path):
         try:
             line = json.loads(text)
             told[line["file"]] = line["prompt"]

@@ -261,7 +261,7 @@ class MetaQueryPipeline(_Coat):
 
     def encode_prompt(self, prompt: str | Sequence[str], image: Sources = None) -> Tensor:
         """What the decoder is told about each prompt, [B, Q, C]."""
-        return torch.cat([self._painter().condition(each) for each in _asked(prompt, image, None)])
+        return self._painter().condition(_asked(prompt, image, None))
 
     def _painter(self) -> Pipeline:
         """What draws, over the components as they are; it remembers conditions for as long as they stay."""

@@ -43,12 +43,14 @@ def images(args: Images) -> None:
         raise ValueError(
             "--real is missing; name real pictures, or --clip alone to hold the drawn ones against their prompts"
         )
+    if args.prompts is not None and args.clip is None:
+        raise ValueError("--prompts is what a CLIP reads; name one with --clip, or leave it out")
     from model.assets import fingerprint, tensors_of
     from model.files import sha256_of
     from model.targets import TargetConfig, load_target
     from sample.clip_score import Clip, prompts_of
     from sample.clip_score import score as by_clip
-    from sample.image_scores import by_inception, features, local, pictures_in
+    from sample.image_scores import by_inception, check_alike, check_inception, features, local, pictures_in
     from sample.measures import Measure, show, write_json
     from sample.pipeline import default_device
     from sample.protocol import protocol
@@ -57,8 +59,14 @@ def images(args: Images) -> None:
     counts = {"drawn": len(drawn)}
     measures: dict[str, Measure] = {}
     sha256: dict[str, str] = {}
+    real = [] if args.real is None else pictures_in(args.real)
+    if args.inception is not None:
+        check_inception(args.inception)
+        for files in (drawn, real):
+            check_alike(files)
+    clip = None if args.clip is None else Clip(args.clip, device)
+    prompts = [] if clip is None else prompts_of(drawn, args.drawn, args.prompts)
     if args.real is not None:
-        real = pictures_in(args.real)
         counts["real"] = len(real)
         target = load_target(TargetConfig(args.features, dtype="float32")).to(device)
         looked = (args.size, args.batch_size, device)
@@ -69,8 +77,7 @@ def images(args: Images) -> None:
         if args.inception is not None:
             measures |= by_inception(args.real, args.drawn, args.inception, args.batch_size)
             sha256["inception"] = sha256_of(args.inception)
-    if args.clip is not None:
-        clip, prompts = Clip(args.clip, device), prompts_of(drawn, args.drawn, args.prompts)
+    if clip is not None:
         measures |= by_clip(clip, drawn, prompts, args.batch_size, progress("reading"))
         sha256["clip"] = clip.sha256
     show(f"{args.drawn} against {args.real or 'its prompts'}", measures)

@@ -40,8 +40,8 @@ def vae(args: VAE) -> None:
     if args.size < 11 or args.batch_size < 1:
         raise ValueError("give a --size of at least 11 and a --batch-size of at least 1")
     from model.assets import fingerprint, tensors_of
-    from model.files import check_new
-    from model.perceptual import LPIPSConfig, load_perceptual
+    from model.files import check_new, sha256_of
+    from model.perceptual import LPIPS, LPIPSConfig, load_perceptual
     from model.targets import TargetConfig, load_target
     from model.vae import VAEConfig, load_vae
     from sample.image_scores import by_inception, check_inception, pictures_in, pixels_of
@@ -76,4 +76,8 @@ def vae(args: VAE) -> None:
     show(f"{args.vae} on {args.pictures}", measures)
     if args.json is not None:
         sha256 = {"vae": fingerprint(tensors_of(scored.autoencoder)), "features": fingerprint(tensors_of(target.encoder))}
+        if isinstance(lpips, LPIPS):
+            sha256["lpips"] = fingerprint(tensors_of(lpips))
+        if args.inception is not None:
+            sha256["inception"] = sha256_of(args.inception)
         write_json(args.json, measures, protocol(args, sha256, pictures=len(files)))

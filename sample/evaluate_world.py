@@ -25,6 +25,8 @@ class World:
     """Pictures to ask the MLLM about; 0 leaves understanding out."""
     seed: int = 0
     """Decides prompts, pictures and questions."""
+    think: bool = False
+    """A plan of each picture is written first and drawn from too, as `sample.chat --think` does; one picture at a time."""
     batch_size: int = 32
     """Pictures drawn, and questions asked, at once."""
     json: Path | None = None
@@ -51,14 +53,20 @@ def world(args: World) -> None:
     from sample.measures import Measure, show, write_json
     from sample.pipeline import Pipeline
     from sample.protocol import parts_of, protocol
+    from sample.session import Session
     from sample.world_answers import exams, understanding
     from sample.world_drawing import Judged, drawing, picture_of
     from sample.world_suite import suite
 
     pipeline = Pipeline.from_release(args.release)
+    if args.images and pipeline.model.mllm.builder.images is None:
+        raise ValueError(f"--images {args.images}: the MLLM of {args.release} reads text alone; give --images 0")
 
     def draw(prompts, seeds):
-        return pipeline(prompts, seeds, args.drawing)
+        if not args.think:
+            return pipeline(prompts, seeds, args.drawing)
+        pairs = zip(prompts, seeds, strict=True)
+        return [Session(pipeline).draw(text, seed=seed, drawing=args.drawing, think=True) for text, seed in pairs]
 
     measures: dict[str, Measure] = {}
     judged: list[Judged] = []

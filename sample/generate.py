@@ -63,7 +63,7 @@ class Args:
     batch_size: int = 16
     """Pictures drawn at once; changes speed and memory, never a picture."""
     grid: bool = False
-    """Also write grid.png, all pictures with their prompts."""
+    """Also write OUT-grid.png beside the folder, all pictures with their prompts."""
     drawing: Annotated[Drawing, OmitArgPrefixes] = Drawing()
 
 
@@ -168,7 +168,7 @@ def drawing_of(drawing: Drawing, line: Line) -> Drawing:
 
 
 def settings(drawing: Drawing) -> dict[str, object]:
-    """The drawing's values by the names they have on the command line."""
+    """The drawing's values as a picture's file tells them."""
     values = {**vars(drawing), **vars(drawing.guidance)}
     values["guidance"] = values.pop("text")
     return values
@@ -193,7 +193,8 @@ def _grid(args: Args, jobs: Sequence[Job], about: dict[str, object]) -> None:
     from sample.pictures import open_picture
 
     rows = [Row(job.line.prompt, (Cell(open_picture(args.out / job.name)),)) for job in jobs]
-    save(args.out / "grid.png", sheet(rows), about)
+    out = args.out.resolve()
+    save(out.with_name(f"{out.name}-grid.png"), sheet(rows), about)
 
 
 def _write(path: Path, text: str) -> None:

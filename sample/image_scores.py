@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data.transforms import FORMATS, decode_image, resize_and_crop, to_tensor
@@ -17,6 +18,8 @@ from sample.decoder_scores import FEATURE_GRID
 from sample.fidelity import frechet, kernel_distance, precision_recall
 from sample.measures import Measure
 from sample.progress import Watch
+
+INCEPTION_ENDINGS = (".png", ".jpg", ".jpeg")  # of the files that torch-fidelity reads
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -63,6 +66,20 @@ def check_inception(weights: Path) -> None:
         import torch_fidelity  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"--inception needs torch-fidelity and torchvision ({error}); pip install '.[fidelity]'") from error
+
+
+def check_alike(files: Sequence[Path]) -> None:
+    """ValueError for pictures that torch-fidelity passes over, or cannot put into one batch."""
+    sizes = {}
+    for path in files:
+        if path.suffix.lower() not in INCEPTION_ENDINGS:
+            raise ValueError(f"--inception: {path} would be passed over; save it as .png or .jpg")
+        with Image.open(path) as picture:
+            sizes.setdefault(picture.size, path)
+    if len(sizes) > 1:
+        (first, one), (second, other), *_ = sizes.items()
+        told = " and ".join(f"{path} has {w} x {h}" for (w, h), path in ((first, one), (second, other)))
+        raise ValueError(f"--inception: pictures of a folder have one size, but {told} pixels; scale them first")
 
 
 def by_inception(

@@ -5,11 +5,13 @@ latent channels, height, width."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from model.assets import fingerprint, tensors_of
 from model.decoder import load_sit
 from model.files import parse_config, read_json
 from model.labels import UNKNOWN, Labels, load_labels
@@ -53,6 +55,12 @@ class LabelledDecoder:
         if self.labels.config.places:
             raise ValueError("this decoder was told scenes, not classes; its pictures are for sample.evaluate decoder")
         return self.labels.config.vocabulary - 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the tensors of all that draws."""
+        parts = {"sit": self.sit, "vae": self.vae.autoencoder, "labels": self.labels}
+        return fingerprint({f"{name}.{key}": t for name, part in parts.items() for key, t in tensors_of(part).items()})
 
     def to(self, device: torch.device | str) -> "LabelledDecoder":
         """Move in place; returns itself."""

@@ -30,7 +30,7 @@ from tyro.conf import Positional, arg
 from sample.cli import run
 from sample.drawn import read_about
 from sample.progress import progress
-from sample.prompts import MAX_SEED, Job, Line, read_text
+from sample.prompts import MAX_SEED, Job, Line, lines_of, read_text
 
 SHOWN = 5  # names in a list of problems
 
@@ -158,8 +158,7 @@ def check(folder: Path, jobs: Sequence[Job], beside: Iterable[tuple[Path, str]],
 
 
 def _geneval(path: Path) -> list[Entry]:
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
-    return [Entry(f"{place:05d}", json.loads(line)["prompt"], line) for place, line in enumerate(lines)]
+    return [Entry(f"{place:05d}", json.loads(line)["prompt"], line) for place, (_, line) in enumerate(lines_of(path))]
 
 
 def _geneval_metadata(folder: Path, entries: Sequence[Entry]) -> Iterator[tuple[Path, str]]:

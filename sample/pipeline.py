@@ -6,7 +6,6 @@ MLLM alone (one prefill, whatever the number of pictures and guidance branches),
 Shape letters: B pictures of a batch, Q queries, C conditioning width, c h w latent channels, height, width, H W pixels.
 """
 
-import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 from data.transforms import to_pil
 from model.assets import fingerprint
 from model.metaquery import MetaQuery
+from model.prefix import digest_of
 from model.store import load
 from sample.guidance import Branch, Predict, guided
 from sample.settings import Drawing, Guidance
@@ -61,7 +61,7 @@ class Pipeline:
 
     def __init__(self, model: MetaQuery):
         self.model = model.eval()
-        self._conditions: OrderedDict[bytes, Tensor] = OrderedDict()  # each [1, Q, C]
+        self._conditions: OrderedDict[tuple[str | bytes, ...], Tensor] = OrderedDict()  # each [1, Q, C]
 
     @classmethod
     def from_release(cls, folder: str | Path, device: torch.device | str | None = None) -> "Pipeline":
@@ -157,20 +157,29 @@ class Pipeline:
             asked,
         )
         branches = [
-            Branch(weight, torch.cat([self.condition(each) for each in branch]))  # [B, Q, C]
+            Branch(weight, self._told(branch))
             for weight, branch in zip(weights, told, strict=True)
             if weight != 0 or branch is asked
         ]
-        while len(self._conditions) > REMEMBERED:
-            self._conditions.popitem(last=False)  # the one not used for longest
+        self._forget()
         return branches
 
+    def condition(self, asked: Sequence[Asked]) -> Tensor:
+        """What the decoder is told [B, Q, C]; the MLLM reads each distinct prompt once."""
+        told = self._told(asked)
+        self._forget()
+        return told
+
     @torch.no_grad()
-    def condition(self, asked: Asked) -> Tensor:
-        """What the decoder is told [1, Q, C]; the MLLM reads each distinct prompt once."""
-        if asked.condition is not None:
-            return asked.condition
-        key = _digest(asked)
+    def _told(self, asked: Sequence[Asked]) -> Tensor:
+        return torch.cat([self._remembered(each) if each.condition is None else each.condition for each in asked])
+
+    def _forget(self) -> None:
+        while len(self._conditions) > REMEMBERED:
+            self._conditions.popitem(last=False)  # the one not used for longest
+
+    def _remembered(self, asked: Asked) -> Tensor:
+        key = asked.prompt, *map(digest_of, asked.images)
         if key not in self._conditions:
             prefix = self.model.mllm.builder.draw([asked.prompt], [asked.images]).to(self.model.mllm.device)
             self._conditions[key] = self.model.condition(prefix)
@@ -193,10 +202,3 @@ def default_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def _digest(asked: Asked) -> bytes:
-    digest = hashlib.sha256(asked.prompt.encode())
-    for picture in asked.images:
-        digest.update(f"\0{picture.mode}{picture.size}".encode() + picture.tobytes())
-    return digest.digest()

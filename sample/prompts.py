@@ -66,12 +66,18 @@ def read_lines(path: Path) -> list[Line]:
     Raises:
         ValueError: it is not UTF-8 text, holds no prompt, or a line is not as `Line` says.
     """
-    numbered = [(number, text) for number, text in enumerate(read_text(path).splitlines(), 1) if text.strip()]
+    numbered = lines_of(path)
     if not numbered:
         raise ValueError(f"prompts file {path} is empty; write one prompt per line")
     if path.suffix == ".jsonl":
         return [_parse(path, number, text) for number, text in numbered]
     return [Line(text.strip()) for _, text in numbered]
+
+
+def lines_of(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that say something, with their numbers. A newline ends them, and none of the other characters
+    that `str.splitlines` breaks at: those may stand in a prompt. Errors as `read_text`."""
+    return [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
 
 
 def read_text(path: Path) -> str:

@@ -330,17 +330,21 @@ def _made_by() -> dict[str, str]:
 
 
 def _tell(folder: Path, run_file: Path | None, measures: Sequence[Path]) -> None:
-    """Copies what the card tells of into the folder."""
+    """Copies what the card tells of into the folder. Raises ValueError for measures that cannot be read or told apart."""
     from sample.card import MEASURES, METRICS, RUN
     from sample.measures import read_json as read_measures
 
+    for path in measures:
+        read_measures(path)
+        if sum(other.name == path.name for other in measures) > 1:
+            raise ValueError(f"--measures: two files are called {path.name}; rename one")
     if run_file is not None:
         shutil.copyfile(run_file, folder / RUN)
+        (folder / METRICS).unlink(missing_ok=True)  # those of the run before
         metrics = run_file.with_name(run_file.name.removesuffix("run.json") + "metrics.jsonl")
         if metrics.is_file():
             shutil.copyfile(metrics, folder / METRICS)
     for path in measures:
-        read_measures(path)
         (folder / MEASURES).mkdir(exist_ok=True)
         shutil.copyfile(path, folder / MEASURES / path.name)
         for note in sorted(path.parent.glob(f"{path.stem}.command.txt")):

@@ -18,7 +18,9 @@ from model.files import write_whole
 from sample.cli import run
 from sample.measures import Measure, interval_of, read_json, value_of
 
-CONTROLS = {"empty", "blank", "chance"}  # parts of the names of measures of what a model that does not look would earn
+CONTROLS = {"empty", "blank", "chance", "source"}
+"""Parts of the names of measures of what is earned without looking: by an empty prompt, a blank picture, chance, or the
+source picture left as it is."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Measures, what they were measured by, and pictures -> one page: a single file without scripts that can be mailed.
 
-A measure of what a model that does not look would earn (the empty prompt, a blank picture, chance) stands in the line of the
-measure that it is a control of."""
+A measure of what is earned without looking (`CONTROLS`) stands in the line of the measure that it is a control of."""
 
 import html
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,8 @@ SHOWN = 12  # pictures of a section
 SIDE = 256  # pixels along the longer side of a picture on the page, at most
 LEGEND = (
     '<p class="soft">Bars run from 0 to 100 %: the value, and the interval that holds the true one with 95 % confidence. '
-    "Thin marks are what a model that does not look would earn: by an empty prompt, a blank picture, or chance.</p>"
+    "Thin marks are what a model that does not look would earn: by an empty prompt, a blank picture, chance, or the source "
+    "picture left as it is.</p>"
 )
 STYLE = """
 :root { color-scheme: light; --ink: #1f2328; --soft: #6a737d; --line: #e1e4e8; --right: #00794f; --wrong: #b83a22 }

@@ -370,7 +370,7 @@ class Door:
 
         def family(name: str, kind: str, values: Mapping[str, float]) -> None:
             lines.append(f"# TYPE querybridge_{name} {kind}")
-            lines.extend(f"querybridge_{name}{labels} {value:g}" for labels, value in values.items())
+            lines.extend(f"querybridge_{name}{labels} {value}" for labels, value in values.items())
 
         served = {f'{{path="{path}",status="{status}"}}': count for (path, status), count in sorted(self.served.items())}
         family("requests_total", "counter", served)

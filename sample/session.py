@@ -1,4 +1,4 @@
-"""One conversation with a model that may also draw: what chat, page and server share.
+"""One conversation with a model that may also draw: what chat and page share.
 
 Answers and drawings read the same key/value cache. A drawing is conditioned on the whole conversation; the assistant's turn
 is then empty and the picture joins the user's next turn, so that talking about it and editing it need nothing else.

@@ -214,8 +214,9 @@ class Worker:
 
     def _speak(self) -> None:
         """Begins answers that wait, then says a piece of each."""
-        while self._questions and len(self._answers) < self.capacity.answers:
-            self._answers.append(self._questions.popleft())
+        with self._changed:
+            while self._questions and len(self._answers) < self.capacity.answers:
+                self._answers.append(self._questions.popleft())
         for job in list(self._answers):
             if not self._say_on(job):
                 self._answers.remove(job)

@@ -74,6 +74,7 @@ class Judged:
 class Dialogue:
     """A conversation under way. `steps` are those that were drawn, the last of which may have failed."""
 
+    number: int
     turns: list[Turn]
     step: Step | None
     rng: Random
@@ -145,7 +146,8 @@ def editing(
 def conversing(
     draw: Draw, split: str, n: int, seed: int = 0, batch_size: int = 32, watch: Watch = iter
 ) -> tuple[dict[str, Measure], list[Dialogue]]:
-    """Scores of `n` conversations of three turns, which end at the first picture that is not whole."""
+    """Scores of `n` conversations of three turns, which end at the first picture that is not whole. Conversation i has seed
+    `seed + i` in the first turn, and one `n` higher in each further one."""
     held: list[Dialogue] = []
     for start in watch(range(0, n, batch_size)):
         under_way = [_begin(seed, index, split) for index in range(start, min(start + batch_size, n))]
@@ -155,7 +157,7 @@ def conversing(
                 assert dialogue.step is not None
                 given = (dialogue.steps[-1][1],) if dialogue.steps else ()
                 dialogue.turns.append(Turn("user", dialogue.step.text, given))
-            seeds = range(seed + turn * n + start, seed + turn * n + start + len(under_way))
+            seeds = [seed + turn * n + dialogue.number for dialogue in under_way]
             pictures = draw([dialogue.turns for dialogue in under_way], seeds) if under_way else []
             for dialogue, picture in zip(under_way, pictures, strict=True):
                 _go_on(dialogue, picture, split)
@@ -199,7 +201,8 @@ def grid(judged: Sequence[Judged], dialogues: Sequence[Dialogue], rows: int = 6)
 
 def _begin(seed: int, index: int, split: str) -> Dialogue:
     rng = random_for(seed, "three turns", split, index)
-    return Dialogue([Turn("system", DRAW_SYSTEM)], first_step(make_scene(seed, index, split), split, rng), rng)
+    step = first_step(make_scene(seed, index, split), split, rng)
+    return Dialogue(index, [Turn("system", DRAW_SYSTEM)], step, rng)
 
 
 def _go_on(dialogue: Dialogue, picture: Image.Image, split: str) -> None:
