@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 START_SECONDS = 90
+PATIENCE_SECONDS = 60
+"""For what the page is to show, on a machine that does something else."""
 
 
 @contextmanager
@@ -35,7 +37,8 @@ def browsing(url: str, width: int = 1120, height: int = 860) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(1000 * PATIENCE_SECONDS)
+        expect.set_options(timeout=1000 * PATIENCE_SECONDS)
         page.goto(url)
         page.wait_for_selector("#draw")
         yield page

@@ -7,6 +7,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 import pytest
 from torch.nn import functional
 
+# What tests ask is on this machine, and the rights of files that they look at are the usual ones.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):  # rich would take what is captured for a terminal
+    os.environ.pop(name, None)
+os.umask(0o022)
+
 
 @pytest.fixture(autouse=True)
 def own_linear(monkeypatch):

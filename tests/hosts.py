@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch.distributed as dist
+
 from sample import cli
 from train import run
+from train.ranks import start
 
 ON_ITS_OWN = """
 hostname "$0"
@@ -106,9 +109,13 @@ def _namespace() -> subprocess.Popen[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """What one rank does."""
-    for word in sys.argv[1:] if argv is None else argv:
-        if word.endswith(".json"):  # DeepSpeed's launcher adds --local_rank
-            run.main([word])
+    words = sys.argv[1:] if argv is None else argv
+    *before, last = [word for word in words if word.endswith(".json")]  # DeepSpeed's launcher adds --local_rank
+    for word in before:
+        asked = run.parse([word])
+        assert run.train(asked, start(asked.engine.timeout_seconds)) == 0
+    run.main([last])
+    assert not dist.is_initialized()  # Gloo's threads could abort a process that ends in a group
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
+from playwright.sync_api import expect
 
 from data.world.captions import Group
 from data.world.reader import read
@@ -120,6 +123,7 @@ def test_its_files_are_gone_with_it(release, monkeypatch):
 def test_mistakes_on_the_command_line_exit_with_two(release, tmp_path, served, monkeypatch, capsys):
     for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR"):
         monkeypatch.setenv(name, os.environ[name])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the command's own handler would stay for all tests to come
     cases = {
         "--port 0 is none": ["--release", release, "--port", "0"],
         "seconds: 0.0 leaves no time": ["--release", release, "--seconds", "0"],
@@ -138,17 +142,30 @@ def visit():
         yield seen
 
 
-def gallery(seen) -> list[PngImageFile]:
-    addresses = [image.get_attribute("src") or "" for image in seen.locator(".pictures button img").all()]
+def gallery(seen, number: int) -> list[PngImageFile]:
+    """So many pictures, once they are there."""
+    images = seen.locator(".pictures button img")
+    expect(images).to_have_count(number)
+    addresses = [image.get_attribute("src") or "" for image in images.all()]
     return [PngImageFile(io.BytesIO(seen.request.get(address).body())) for address in addresses]
 
 
 def draw(seen, prompt: str, count: int = 1, seed: int = 0) -> None:
     seen.get_by_role("tab", name="Draw").click()
     seen.get_by_label("Prompt").fill(prompt)
-    seen.get_by_role("spinbutton", name="Pictures").fill(str(count))
+    slide(seen, "Pictures", count)
     seen.get_by_role("spinbutton", name="Seed").first.fill(str(seed))
     seen.click("#draw")
+
+
+def slide(seen, name: str, number: int) -> None:
+    """Types a number until its slider has moved: a field that has just appeared is not heard yet."""
+    slider = seen.get_by_role("slider", name=name).first
+    for patience in (1000, 2000, 4000, 8000, 16_000):
+        seen.get_by_role("spinbutton", name=name).first.fill(str(number))
+        with suppress(AssertionError):
+            return expect(slider).to_have_value(str(number), timeout=patience)
+    raise AssertionError(f"{name} stays at {slider.input_value()}")
 
 
 def upload(seen, selector: str, name: str, data: bytes) -> None:
@@ -167,27 +184,28 @@ def test_a_prompt_becomes_a_picture_and_nothing_leaves_the_machine(visit):
     visit.on("request", lambda request: addresses.append(request.url))
     visit.reload()
     draw(visit, "a red circle", seed=3)
-    visit.locator("#draw-note").get_by_text("1 picture in").wait_for()
-    [picture] = gallery(visit)
+    expect(visit.locator("#draw-note")).to_contain_text("1 picture in")
+    [picture] = gallery(visit, 1)
     scene = read(np.asarray(picture)).scene()
     assert [Group(1, "red", "circle").matches(thing) for thing in scene.objects] == [True]
     assert (picture.text["prompt"], picture.text["seed"]) == ("a red circle", "3")
-    assert visit.get_by_text("seed 3").count() == 1
+    expect(visit.get_by_text("seed 3")).to_have_count(1)
     assert all(address.startswith((visit.url, "data:", "blob:")) for address in addresses)
 
 
 @in_browser
 def test_a_drawing_that_is_cancelled_makes_way_for_the_next(visit):
+    note = visit.locator("#draw-note")
     visit.get_by_text("More settings").first.click()
-    visit.get_by_role("spinbutton", name="Steps").first.fill("100")
+    slide(visit, "Steps", 100)
     draw(visit, "a blue star", count=8)
-    visit.locator("#draw-note").get_by_text(re.compile(r"Step \d+ of 100")).wait_for()
+    expect(note).to_contain_text(re.compile(r"Step \d+ of 100"))
     visit.click("#draw-cancel")
-    visit.locator("#draw-note").get_by_text("Cancelled").wait_for()
-    visit.get_by_role("spinbutton", name="Steps").first.fill("10")
+    expect(note).to_have_text("Cancelled")
+    slide(visit, "Steps", 10)
     draw(visit, "a red circle")
-    visit.locator("#draw-note").get_by_text("1 picture in").wait_for()  # 8 pictures of 100 steps would take far longer
-    assert len(gallery(visit)) == 1
+    expect(note).to_contain_text("1 picture in")  # 8 pictures of 100 steps would take far longer
+    gallery(visit, 1)
 
 
 @in_browser
@@ -200,7 +218,7 @@ def test_an_upload_that_is_no_picture_is_refused_at_once(visit):
     visit.wait_for_selector("#before img")
     visit.get_by_label("Instruction").fill("make it blue")
     visit.click("#edit")
-    visit.locator("#edit-note").get_by_text("1 picture in").wait_for()
+    expect(visit.locator("#edit-note")).to_contain_text("1 picture in")
     visit.get_by_role("button", name="Use as source").click()
     after = visit.locator("#after img").get_attribute("src")
     visit.wait_for_function("src => document.querySelector('#before img')?.src == src", arg=after)

@@ -24,6 +24,14 @@ def test_the_page_has_a_row_for_every_log():
     assert page == (ASSETS / "README.md").read_text()
 
 
+def test_a_round_that_goes_on_within_a_run_counts_its_own_steps():
+    """`tell_all.8` begins at step 539 of its run, where it had stopped, and ends at step 1920."""
+    row = next(line for line in report().splitlines() if line.startswith("| tell_all.8 |"))
+    steps, samples, minutes = row.split(" | ")[4:7]
+    assert (steps, samples) == ("1381", str(1381 * 128))
+    assert 0 < int(minutes.removesuffix(" min")) < 60
+
+
 def test_an_unknown_stage_is_refused():
     with pytest.raises(ValueError, match="language, see, align"):
         main(["everything"])

@@ -279,5 +279,5 @@ def test_a_task_of_squares_refuses_shapes(shards):
 def test_shapes_that_the_autoencoder_cannot_take_are_refused(shards, tmp_path):
     run = tiny_repae.repae_run(tmp_path, EngineConfig(precision="fp32"), told=ClassesTold(classes=5))
     data = replace(run.data, sources=(Shards(f"{shards}/*.tar"),), max_aspect=2, bucket_step=1)
-    with pytest.raises(ValueError, match=r"data\.bucket_step is 1; the autoencoder takes multiples of 2"):
+    with pytest.raises(ValueError, match=r"data\.bucket_step is 1; VAE and decoder take multiples of 4"):
         run.task.build(replace(run, data=data), start(timeout_seconds=60))

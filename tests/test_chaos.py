@@ -15,14 +15,20 @@ from tests.chaos.rows import Outcome
 from tests.two_ranks import ROOT
 
 
-@functools.cache
 def outcomes() -> dict[str, Outcome]:
     """What the fast rows come to."""
-    path = Path(tempfile.mkdtemp(prefix="chaos-")) / "outcomes.json"
-    command = [sys.executable, "-m", "tests.chaos", "--fast", "--json", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
-    assert path.is_file(), done.stderr[-3000:]
+    path, said = played()
+    assert path.is_file(), said[-3000:]
     return {name: Outcome(**held) for name, held in json.loads(path.read_text()).items()}
+
+
+@functools.cache
+def played() -> tuple[Path, str]:
+    """Where the outcomes are, and what was said; once, whether it went well or not."""
+    path = Path(tempfile.mkdtemp(prefix="chaos-")) / "outcomes.json"
+    command = ["timeout", "3600", sys.executable, "-m", "tests.chaos", "--fast", "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return path, done.stdout
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.fast])

@@ -44,8 +44,7 @@ def test_one_question_through_the_command(folder, mllm):
     options = ["--release", folder / "release", "--image", folder / "x.png", "--max-new-tokens", "12"]
     command = [sys.executable, "-m", "sample.chat", *map(str, options), "how many circle ?"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert not done.stderr
-    assert done.returncode == 0
+    assert (done.returncode, errors(done.stderr)) == (0, []), done.stderr
     with Image.open(folder / "x.png") as picture:
         assert done.stdout == reply(mllm, Turn("user", "how many circle ?", (picture.convert("RGB"),))) + "\n"
 

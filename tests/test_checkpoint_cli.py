@@ -1,9 +1,14 @@
 """Checkpoints from the command line: listed, verified, and turned into the release that their run would write."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
 from model import store
+from model.files import read_json
 from sample.cli import run
 from tests import tiny
 from tests.two_ranks import tiny_run
@@ -39,6 +44,26 @@ def test_the_last_checkpoint_exports_to_the_runs_own_release(trained, tmp_path):
     main(["export", str(trained / "checkpoints" / "step-00000003"), "--out", str(tmp_path / "earlier")])
     earlier = store.load(tmp_path / "earlier").state_dict()
     assert any(not torch.equal(tensor, theirs[name]) for name, tensor in earlier.items())
+
+
+def test_the_mean_of_two_releases_lies_in_the_middle(trained, tmp_path, capsys):
+    main(["export", str(trained / "checkpoints" / "step-00000003"), "--out", str(tmp_path / "earlier")])
+    both = [str(tmp_path / "earlier"), str(trained / "release")]
+    main(["mean", *both, "--out", str(tmp_path / "mean")])
+    first, last, middle = (store.load(Path(folder)).own_tensors() for folder in (*both, tmp_path / "mean"))
+    assert middle.keys() == first.keys()
+    for name, tensor in middle.items():
+        torch.testing.assert_close(tensor, (first[name] + last[name]) / 2)
+    assert any(not torch.equal(tensor, last[name]) for name, tensor in middle.items())
+    other = tmp_path / "other"
+    shutil.copytree(trained / "release", other)
+    config = read_json(other / "config.json")
+    config["model"]["noise"]["shift"] = 7.0
+    (other / "config.json").write_text(json.dumps(config))
+    for releases, message in ((both[:1], "name two releases or more"), ([*both, str(other)], "has other settings")):
+        assert run(main, ["mean", *releases, "--out", str(tmp_path / "x")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_what_is_damaged_or_none_is_said(trained, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Pictures of classes: the same whatever the batch and the number of processes, gone on with, and packed."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 
 from data.batch import LabelledBatch
 from data.told import ClassesTold
+from model.files import read_tensors, write_tensors
 from model.noise import FlowConfig
 from sample import classes
 from sample.cli import run
@@ -66,6 +69,23 @@ def test_it_goes_on_and_packs_for_adm(release, tmp_path, capsys):
     assert packed["arr_0"].shape == (7, 16, 16, 3)
     assert np.array_equal(packed["arr_0"], again)
     assert packed["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_pictures_of_other_weights_are_not_mixed(release, tmp_path, capsys):
+    """A release is known by its tensors, whatever its folder is called."""
+    for name in ("one", "two"):
+        shutil.copytree(release, tmp_path / name)
+    drawn(tmp_path / "one", tmp_path / "a")
+    drawn(tmp_path / "two", tmp_path / "a")
+    assert "pictures in" in capsys.readouterr().out
+    path = tmp_path / "one" / "sit" / "labels.safetensors"
+    write_tensors(path, {name: tensor + 1 for name, tensor in read_tensors(path).items()})
+    assert (
+        run(classes.main, ["--release", str(tmp_path / "one"), "--out", str(tmp_path / "a"), "--n", "8", "--steps", "3"])
+        == 2
+    )
+    assert "was drawn with other settings" in capsys.readouterr().err
+    assert len(list((tmp_path / "a").iterdir())) == 7
 
 
 def test_bad_input_ends_in_a_sentence(release, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,7 @@ from model.assets import ROOT
 from sample.cli import run
 from tests import tiny
 from tests.test_shards import items
-from tests.two_ranks import tiny_run
+from tests.two_ranks import TORCHRUN, tiny_run
 from train import doctor
 from train.ranks import start
 from train.run import named
@@ -68,7 +67,7 @@ def test_what_would_go_wrong_is_named_and_the_rest_left(parts, tmp_path, capsys)
 
 
 def test_two_ranks_are_looked_at_as_one(parts, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train.doctor"]
+    command = [*TORCHRUN, "--nproc_per_node=2", "-m", "train.doctor"]
     done = subprocess.run(
         [*command, *tiny_run(parts, tmp_path / "out")],
         cwd=ROOT,

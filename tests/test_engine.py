@@ -2,11 +2,13 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
 
 from model.connector import Connector, ConnectorConfig
+from model.files import read_tensors
 from tests.toy import BATCH, CLIP_NORM, STEPS, Toy, advance, digest, plain_torch
 from tests.two_ranks import CASES, SAVED_AT, ZERO_STAGES, losses, results, tiny_run
 from train import checkpoint, run
@@ -102,7 +104,7 @@ def test_a_checkpoint_that_one_rank_does_not_see_is_refused_by_both():
     _, first, second = results()
     for seen in (first["diverging"], second["diverging"]):
         assert "elsewhere is not a checkpoint" in seen["problem"]
-        assert seen["seconds"] < 5
+        assert seen["seconds"] < 60  # of the 300 that ranks wait for each other
 
 
 def test_metaquery_on_two_ranks_has_the_losses_of_one(tmp_path):
@@ -110,8 +112,12 @@ def test_metaquery_on_two_ranks_has_the_losses_of_one(tmp_path):
     run.main(tiny_run(parts, tmp_path / "one"))
     expected = losses(tmp_path / "one")
     assert len(expected) == 6
+    outs = [parts / f"tiny-{zero}" for zero in ZERO_STAGES]
     for zero in ZERO_STAGES:
         assert losses(parts / f"tiny-{zero}") == pytest.approx(expected, rel=1e-5), f"ZeRO {zero}"
+    alone, *spread = (read_tensors(out / "release" / "model.safetensors") for out in [tmp_path / "one", *outs])
+    for tensors in spread:
+        torch.testing.assert_close(tensors, alone, atol=1e-5, rtol=1e-4)
 
 
 def test_accumulation_changes_nothing_on_one_rank():
@@ -160,6 +166,7 @@ def test_batch_that_does_not_divide_is_refused():
         ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5 there and 1.0 in the run"),
         ({"optimizer": {"type": "Adam"}}, "optimizer is not read"),
         ([], "is no JSON object"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "set engine.offload_optimizer as well"),
     ],
 )
 def test_contradicting_deepspeed_json_is_refused(tmp_path, theirs, message):
@@ -177,6 +184,7 @@ def test_agreeing_deepspeed_json_is_merged(tmp_path):
     assert merged["zero_optimization"] == {"stage": 1, "overlap_comm": False}
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++, and there is none")
 def test_compiled_blocks_train_alike():
     """The outermost stacks, each block once; state keeps its names. The engine takes the same steps with them."""
     torch.manual_seed(0)

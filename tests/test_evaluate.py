@@ -19,9 +19,11 @@ from sample import evaluate
 from sample.cli import run
 from sample.drawn import save
 from sample.fidelity import psnr, ssim
+from sample.image_scores import check_alike, pictures_in
 from sample.measures import interval_of, read_json, read_protocol, value_of
 from sample.pipeline import Pipeline
 from sample.report import CONTROLS
+from sample.session import Session
 from sample.settings import Drawing
 from sample.world_answers import Exam, answers, best_guess, exams, understanding, wording
 from sample.world_drawing import drawing, judge
@@ -187,9 +189,25 @@ def test_the_command_prints_writes_and_repeats_itself(release, tmp_path, capsys)
     assert all(sha256 in page for sha256 in told["sha256"].values())
     assert all(value_of(m) in page for m in measures.values())
     assert all(interval_of(m) in page for name, m in measures.items() if not CONTROLS & {*name.split(".")})
-    first = base64.b64decode(page.split("data:image/png;base64,")[1].split('"')[0])
     drawn = Pipeline(model)([suite(0, "val", 1)[0].text], [0], Drawing(steps=1))[0]
-    assert np.abs(np.asarray(Image.open(io.BytesIO(first))).astype(int) - np.asarray(drawn).astype(int)).max() <= 1
+    assert np.abs(first_picture(tmp_path / "page.html") - np.asarray(drawn)).max() <= 1
+
+
+def first_picture(page):
+    """The first picture [H, W, 3] of an HTML page."""
+    first = base64.b64decode(page.read_text().split("data:image/png;base64,")[1].split('"')[0])
+    return np.asarray(Image.open(io.BytesIO(first))).astype(int)
+
+
+def test_drawings_may_be_planned_first(tmp_path):
+    """Of the shipped release: one of random weights plans without an end."""
+    page, release = tmp_path / "page.html", "assets/world/release"
+    command = f"world --release {release} --n 1 --images 0 --steps 1 --think --html {page}"
+    assert run(evaluate.main, command.split()) == 0
+    pipeline, text = Pipeline.from_release(release), suite(0, "val", 1)[0].text
+    planned = Session(pipeline).draw(text, seed=0, drawing=Drawing(steps=1), think=True)
+    assert np.abs(first_picture(page) - np.asarray(planned)).max() <= 1
+    assert np.abs(first_picture(page) - np.asarray(pipeline([text], [0], Drawing(steps=1))[0])).max() > 1
 
 
 def test_mistakes_exit_with_two_and_write_nothing(release, tmp_path, capsys):
@@ -288,6 +306,21 @@ def test_the_clip_score_is_that_of_the_stock_class(tmp_path, capsys):
         assert "plain.png has no prompt" in capsys.readouterr().err
     assert run(evaluate.main, ["images", "--drawn", str(drawn)]) == 2
     assert "--real is missing" in capsys.readouterr().err
+    assert run(evaluate.main, ["images", "--drawn", str(drawn), "--real", str(drawn), "--prompts", str(listed)]) == 2
+    assert "--prompts is what a CLIP reads" in capsys.readouterr().err
+
+
+def test_what_torch_fidelity_would_pass_over_or_not_batch_is_named(tmp_path):
+    save(tmp_path / "a.png", tiny.image((40, 32)), {})
+    save(tmp_path / "b.png", tiny.image((40, 32)), {})
+    files = pictures_in(tmp_path)
+    check_alike(files)
+    save(tmp_path / "c.png", tiny.image((32, 32)), {})
+    with pytest.raises(ValueError, match=r"a\.png has 40 x 32 and \S+c\.png has 32 x 32 pixels"):
+        check_alike(pictures_in(tmp_path))
+    tiny.image((40, 32)).save(tmp_path / "c.webp")
+    with pytest.raises(ValueError, match=r"c\.webp would be passed over"):
+        check_alike([*files, tmp_path / "c.webp"])
 
 
 def tiny_clip(folder) -> str:

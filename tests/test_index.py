@@ -78,3 +78,11 @@ def test_what_cannot_be_verified_says_so(shards, tmp_path, capsys):
     assert "shards 3 of 4" in said.out
     assert index.main([f"{tmp_path}/none/*.tar"]) == 2
     assert index.main([f"{shards}/*.tar", "--jobs", "-1"]) == 2
+
+
+def test_indexes_of_one_name_are_not_written_over_each_other(shards, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    write_tar(tmp_path / "other" / "00000.tar", [("a.txt", b"one")])
+    assert index.main([f"{tmp_path}/{{set,other}}/*.tar", "--jobs", "1", "--out", str(tmp_path / "out")]) == 2
+    assert "two shards have the same name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

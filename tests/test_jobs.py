@@ -88,6 +88,8 @@ def test_a_job_has_its_time_and_what_it_raises_is_raised_here():
 
     with pytest.raises(ValueError, match=r"longer than 0\.05 seconds"):
         list(jobs.stream(slow))
+    jobs.close()
+    jobs = Jobs(seconds=30)
     with pytest.raises(OSError, match="broken"):
         list(jobs.stream(broken))
     jobs.close()

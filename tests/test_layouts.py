@@ -9,6 +9,7 @@ from PIL import Image
 from sample import generate, layouts
 from sample.cli import run
 from sample.layouts import LAYOUTS
+from sample.prompts import read_lines
 from tests import releases
 
 PROMPTS = ("a red circle", "two blue stars", "a green square")
@@ -168,3 +169,13 @@ def test_published_counts_are_met_and_listed(tmp_path, capsys):
     layouts.main(["list"])
     listed = capsys.readouterr().out
     assert all(f"{name:9} {layout.prompts or 'any':>6} prompts x {layout.n}" in listed for name, layout in LAYOUTS.items())
+
+
+def test_only_a_newline_ends_a_prompt(tmp_path):
+    text = "one\u2028line\x0b\n\n  \ntwo\u0085lines\r\n"
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(text.encode())
+    assert [line.prompt for line in read_lines(path)] == ["one\u2028line", "two\u0085lines"]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [line.prompt for line in read_lines(path)] == ["a\u2028b"]

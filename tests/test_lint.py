@@ -48,7 +48,7 @@ def test_good_shards_have_no_problem(tmp_path, capsys):
         ([*SAMPLE, ("b.png", b""), ("b.txt", b"b")], ("b", "an image cannot be decoded")),
         ([*SAMPLE, ("b.png", PICTURE)], ("b", "no caption")),
         ([*SAMPLE, ("b.txt", b"b")], ("b", "no image")),
-        ([*SAMPLE, ("b.png", PICTURE), ("b.txt", b"\xff")], ("b", "a text or json member is not UTF-8")),
+        ([*SAMPLE, ("b.png", PICTURE), ("b.txt", b"\xff")], ("b", "a text, json or cls member is not UTF-8")),
         ([*SAMPLE, ("b.png", PICTURE), ("b.txt", b"b"), ("b.json", b"{")], ("b", "a json member cannot be parsed")),
     ],
 )

@@ -215,3 +215,27 @@ def test_the_world_is_an_endless_source():
 def test_impossible_settings_are_refused(changes, batch_size, message):
     with pytest.raises(ValueError, match=message):
         Loader(Data(**changes), Names(), batch_size)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_the_user_can_mend_comes_from_workers_as_it_was_said(tmp_path, image, workers):
+    shards = broken(tmp_path, image, set(), 40)
+    loader = Loader(Data((shards,), workers=workers), Names(), 8)
+    path = tmp_path / "set" / "00000.tar"
+    path.write_bytes(path.read_bytes()[:512])
+    with pytest.raises(
+        ValueError, match=r"^shard \S+ has changed since it was indexed; index it again: python -m data\.index$"
+    ):
+        list(islice(loader, 3))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("stream", [0, 5])
+def test_the_first_batch_can_be_seen_before_and_nothing_counts_it(tmp_path, image, workers, stream):
+    shards = replace(broken(tmp_path, image, {3}, 40), stream=stream)
+    whole, seen = (Loader(Data((shards,), workers=workers), Names(), 8) for _ in range(2))
+    shown = seen.first()
+    batches = list(islice(whole, 6))
+    assert shown == batches[0]
+    assert list(islice(seen, 6)) == batches
+    assert (seen.read, seen.rejects, seen.samples) == (whole.read, whole.rejects, whole.samples)

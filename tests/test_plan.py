@@ -54,8 +54,10 @@ def a_run(folder, **engine) -> Run:
     return replace(base, task=task, data=data, engine=EngineConfig(**engine))
 
 
-def test_flop_are_those_of_a_real_step(tmp_path):
+@pytest.mark.parametrize("looks", [False, True])
+def test_flop_are_those_of_a_real_step(tmp_path, looks):
     config = tiny.metaquery_config(tmp_path)
+    config = replace(config, connector=replace(config.connector, looks=looks))
     model = build(config)
     flop = plan.flops(blueprint(config), prefix_tokens=20)
     ids = torch.ones(1, 20, dtype=torch.long)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,12 +199,19 @@ def test_every_change_is_told_before_anything_is_loaded(release, tmp_path, capsy
 
 
 def test_what_cannot_be_published_is_one_sentence(release, tmp_path, capsys):
+    twice = [str(tmp_path / name / "scores.json") for name in "mn"]
+    for path in twice:
+        write_json(Path(path), {"generation.colour": share(9, 10)})
     for argv, message in [
         (["export", str(release), "--out", str(tmp_path / "a")], "which others do not have; add --bundle-base"),
         (["export", str(tmp_path), "--out", str(tmp_path / "b")], "is no release"),
         (["export", str(release), "--out", str(release)], "is not an empty folder"),
         (["check", str(release)], "has no SHA256SUMS"),
         (["card", str(release)], "has no SHA256SUMS"),
+        (
+            ["export", str(release), "--out", str(tmp_path / "a"), "--bundle-base", "--measures", *twice],
+            "two files are called scores.json",
+        ),
     ]:
         assert run(publish.main, argv) == 2
         assert message in capsys.readouterr().err

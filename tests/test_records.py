@@ -74,6 +74,7 @@ USER, ANSWER = {"role": "user", "content": "what?"}, {"role": "assistant", "cont
         ("labelled", {}, "no label"),
         ("labelled", {"json": {"label": True}}, "no label"),
         ("labelled", {"json": {"label": "cat"}}, "no label"),
+        ("labelled", {"json": {"label": -1}}, "a label is below 0"),
         ("chat", {}, "no messages"),
         ("chat", {"json": {"messages": []}}, "no messages"),
         ("chat", {"json": {"messages": [USER]}}, "messages do not end with an answer to a user"),

@@ -131,7 +131,7 @@ def test_shards_without_an_index_are_indexed_from_here(folder, tmp_path, monkeyp
         (tmp_path / "bare").mkdir(exist_ok=True)
         shutil.copy(folder / name, tmp_path / "bare" / name)
     with serve(tmp_path / "bare") as site:
-        with pytest.raises(ValueError, match=r"00000\.tar has no index; make it with data\.index, or set"):
+        with pytest.raises(ValueError, match=r"00000\.tar has no index of version 3; make it with data\.index, or set"):
             ShardSource(urls(site))
         assert index.main([urls(site), "--jobs", "1", "--out", str(tmp_path / "indexes")]) == 0
         names = sorted(path.name for path in (tmp_path / "indexes").iterdir())
@@ -255,3 +255,42 @@ def test_a_member_that_is_too_large_is_not_fetched(tmp_path, monkeypatch):
             source.read(0)
         assert source.read(1)["txt"] == "b"
         assert len(site.ranges) == 1
+
+
+def test_a_moment_without_the_index_or_the_shard_costs_nothing(site, capsys):
+    site.failing = 2
+    assert len(ShardSource(urls(site))) == SAMPLES
+    site.failing = 2
+    assert index.main([site.url + "/00000.tar", "--jobs", "1"]) == 0
+    site.failing = 2
+    assert len(list(islice(Loader(streamed(urls(site)), Names(), 10), 3))) == 3
+    site.failing = 10**6
+    with pytest.raises(OSError, match=r"00000\.tar\.idx\.json\?other does not come after 4 tries .*503"):
+        ShardSource(site.url + "/00000.tar?other")
+    assert index.main([site.url + "/00000.tar", "--jobs", "1"]) == 1
+    assert "00000.tar does not come after 4 tries" in capsys.readouterr().err
+    with pytest.raises(OSError, match=r"tar does not come after 4 tries .*503"):
+        next(iter(Loader(streamed(urls(site)), Names(), 10)))
+
+
+def test_signed_addresses_find_their_indexes(site, folder, tmp_path):
+    """Beside the shard with the same query, or, where a signature is for one file alone, in the user's cache folder."""
+    signed = "{00000..00001}.tar?X-Signature=ab"
+    assert len(ShardSource(f"{site.url}/{signed}")) == 16
+    shutil.copy(folder / "00000.tar", tmp_path / "bare.tar")
+    with serve(tmp_path) as bare:
+        bare.signed = "bare.tar"
+        url = bare.url + "/bare.tar?X-Signature=ab"
+        with pytest.raises(ValueError, match=r"has no index of version 3; make it with data\.index"):
+            ShardSource(url)
+        assert index.main([url, "--jobs", "1"]) == 0
+        assert ShardSource(url).read(0)["txt"] == "picture 0"
+
+
+def test_drafts_that_other_processes_rename_do_not_disturb(site, tmp_path):
+    cache = Urls(CacheConfig(tmp_path / "small", gigabytes=100e3 / 1e9))
+    span = Span(f"{site.url}/00000.tar", 0, 4096)
+    cache.read(span)
+    (next((tmp_path / "small").glob("*/*")).parent / "gone.part").symlink_to(tmp_path / "renamed")
+    for start in range(4096, 20480, 512):
+        cache.read(Span(span.path, start, start + 4096))

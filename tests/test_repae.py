@@ -15,6 +15,7 @@ from data.told import ClassesTold, ScenesTold
 from model import metaquery
 from model.decoder import SiTDecoderConfig
 from model.discriminator import Discriminator, DiscriminatorConfig
+from model.files import read_tensors
 from model.perceptual import FeatureDistance
 from model.sit import SiT
 from model.upsample import UpsampledConv
@@ -263,6 +264,10 @@ def test_the_vae_stays_after_its_step_and_the_sit_goes_on(folder):
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"main"}
     assert "l1" not in measured
+    task.release(folder / "stayed")
+    released = read_tensors(folder / "stayed" / "vae" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in released.items():  # not the average, which lags behind
+        assert torch.equal(tensor, after[f"vae.autoencoder.{name}"]), name
 
 
 def test_alignment_ends_when_told(folder):
@@ -403,6 +408,7 @@ def test_settings_that_contradict_each_other_are_refused(folder):
         (dict(sit=tiny.sit_config(align_depth=0)), "task.targets need a block"),
         (dict(sit=None, targets=(), train_vae=False), "nothing is left to train"),
         (dict(recon_fraction=0.0), "give a share above 0"),
+        (dict(freeze_vae_after=-1), "freeze_vae_after is -1; give a step, or 0 for none"),
         (dict(flip=True), "task.flip would contradict the places"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -17,6 +17,7 @@ from tests import tiny
 from tests.two_ranks import ROOT, losses, tiny_run
 from train import checkpoint, run
 from train.engine import deepspeed_config
+from train.metaquery import MetaQueryTaskConfig
 
 STEPS, SAVE_EVERY = 16, 4
 
@@ -46,6 +47,22 @@ def straight(parts, tmp_path_factory):
     out = tmp_path_factory.mktemp("straight")
     run.main(arguments(parts, out))
     return out
+
+
+def test_a_signal_while_networks_are_read_stops_before_the_first_step(straight, parts, tmp_path, monkeypatch):
+    built = MetaQueryTaskConfig.build
+
+    def build(config, asked, ranks):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return built(config, asked, ranks)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MetaQueryTaskConfig, "build", build)
+        with pytest.raises(SystemExit, match=str(run.INTERRUPTED)):
+            run.main(arguments(parts, tmp_path))
+    assert not list(tmp_path.glob("checkpoints/*"))
+    run.main(arguments(parts, tmp_path))
+    assert losses(straight) == losses(tmp_path)
 
 
 def test_sigkill_and_the_same_command_end_where_a_straight_run_ends(straight, parts, tmp_path):

@@ -1,7 +1,6 @@
 """The scaling model: against what real ranks were seen to send and read, and against a ring walked step by step."""
 
 import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,7 +14,7 @@ from model.metaquery import blueprint
 from sample.measures import read_json
 from tests import tiny
 from tests.test_shards import items
-from tests.two_ranks import ROOT, tiny_run
+from tests.two_ranks import ROOT, TORCHRUN, tiny_run
 from train import plan, scaling, traffic
 from train.collectives import Load, Network, payload, wire_bytes
 from train.optim import split
@@ -39,7 +38,7 @@ def test_formula_gives_the_bytes_that_ranks_were_seen_to_send(case, tmp_path):
     world, options, overrides = CASES[case]
     tiny.metaquery_config(tmp_path)
     words = tiny_run(tmp_path, tmp_path / "out", *overrides)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    command = [*TORCHRUN, f"--nproc_per_node={world}"]
     out = tmp_path / "traffic.json"
     done = subprocess.run(
         [*command, "-m", "train.traffic", *words, *options, "--json", str(out)], cwd=ROOT, capture_output=True, text=True

@@ -85,11 +85,13 @@ def test_webdataset_reads_what_we_write(shards):
 def test_we_read_what_webdataset_writes(tmp_path):
     with ShardWriter(str(tmp_path / "%05d.tar"), maxcount=4, verbose=0) as writer:
         for n in range(10):
-            writer.write({"__key__": f"a/{n}", "png": png((n, 0, 0)), "txt": f"é {n}", "json": {"n": n}})
+            writer.write({"__key__": f"a/{n}", "png": png((n, 0, 0)), "txt": f"é {n}", "json": {"n": n}, "cls": n})
     theirs = webdataset_samples(tmp_path)
     source = ShardSource(str(tmp_path / "*.tar"))
     ours = [source.read(number) for number in range(len(source))]
-    assert [(s["__key__"], s["txt"], s["json"]) for s in theirs] == [(r["key"], r["txt"], r["json"]) for r in ours]
+    assert [(s["__key__"], s["txt"], s["json"] | {"label": s["cls"]}) for s in theirs] == [
+        (r["key"], r["txt"], r["json"]) for r in ours
+    ]
     assert all(s["png"].tobytes() == r["image"].tobytes() for s, r in zip(theirs, ours, strict=True))
 
 
@@ -133,7 +135,7 @@ def test_links_are_not_followed(tmp_path):
     [
         ("a.png", b"", "an image cannot be decoded"),
         ("a.png", b"GIF89a", "an image cannot be decoded"),
-        ("a.txt", b"\xff\xfe", "a text or json member is not UTF-8"),
+        ("a.txt", b"\xff\xfe", "a text, json or cls member is not UTF-8"),
         ("a.json", b"{", "a json member cannot be parsed"),
         ("a.json", b"[" * 100_000, "a json member cannot be parsed"),
         ("a.json", b"[]", "a json member is not an object"),

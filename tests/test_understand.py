@@ -177,8 +177,10 @@ def test_the_tower_learns_where_its_tokens_lie_only_when_asked(folder, tmp_path)
     assert not any("language_model" in name for name in moved)
 
 
-def test_rounding_the_model_leaves_its_rotary_frequencies(folder):
-    speaker = Speaker(model_of(folder)).bfloat16()
+def test_an_engine_that_rounds_leaves_rotary_frequencies(folder, tmp_path):
+    """Rounded, they would teach the model positions that it does not have when it is loaded."""
+    run = run_of("instruct", folder, tmp_path)
+    speaker = task_of(replace(run, engine=replace(run.engine, precision="bf16"))).engine.module
     loaded = dict(Speaker(model_of(folder, torch.bfloat16)).named_buffers())
     assert loaded
     for name, buffer in speaker.named_buffers():
@@ -322,11 +324,15 @@ def test_a_missing_stage_is_named(tmp_path):
 
 def test_a_fresh_model_is_made_once(folder, tmp_path):
     run = run_of("language", None, tmp_path / "out")
-    task_of(run)
-    made = load(MLLMConfig(str(tmp_path / "out" / "fresh"))).fingerprint()
-    (tmp_path / "out" / "fresh" / "mark").touch()
-    task_of(run)
-    assert (tmp_path / "out" / "fresh" / "mark").exists()
-    task_of(replace(run, task=replace(run.task, fresh=replace(SMALL, seed=1))))
-    assert not (tmp_path / "out" / "fresh" / "mark").exists()
-    assert load(MLLMConfig(str(tmp_path / "out" / "fresh"))).fingerprint() != made
+    first = task_of(run)
+    made_at = (first.source / "config.json").stat().st_mtime_ns
+    again = task_of(run)
+    assert again.source == first.source
+    assert (again.source / "config.json").stat().st_mtime_ns == made_at
+    texts = replace(run, task=replace(first.config, text_conversations=first.config.text_conversations + 50))
+    (tmp_path / "out" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    for other in (texts, replace(run, task=replace(first.config, fresh=replace(SMALL, seed=1)))):
+        with pytest.raises(ValueError, match=r"fresh was made by other settings, .*; give another --out"):
+            task_of(other)
+    more = task_of(replace(texts, out=tmp_path / "other"))
+    assert more.frozen()["tokenizer"] != again.frozen()["tokenizer"] == first.frozen()["tokenizer"]

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from dataclasses import fields
 
 import pytest
@@ -23,7 +22,7 @@ from train.watchdog import WatchConfig
 class Hanging(Toy):
     def step(self, batch):
         if batch[0] == 3 * BATCH:
-            time.sleep(60)
+            time.sleep(600)
         return super().step(batch)
 
 ranks = start(60)
@@ -33,14 +32,12 @@ fit(Hanging(ranks, CONFIG), SCHEDULE, seed=0, folder=Path(sys.argv[1]), config={
 
 
 def test_a_step_that_hangs_ends_the_run_and_says_where(tmp_path):
-    """Within five seconds of its limit; the checkpoint before it stays."""
-    began = time.monotonic()
+    """Long before the step would end; the checkpoint before it stays."""
     command = [sys.executable, "-c", HANGS, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == HUNG, done.stderr[-2000:]
     assert "rank 0 hangs: a step (watch.step_seconds) has taken over 3 s at step 4, samples 24 to 31" in done.stderr
     assert "in step" in done.stderr  # the stack that hangs
-    assert time.monotonic() - began < 60
     assert (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").is_file()
 
 
@@ -48,10 +45,10 @@ def test_what_keeps_its_limit_goes_on():
     with Watchdog(WatchConfig(step_seconds=5, save_seconds=0), 0, tick_seconds=0.01) as dog:
         for _ in range(3):
             with dog.limit("step"):
-                time.sleep(0.05)
+                assert dog._due is not None
+            assert dog._due is None  # between two limits there is none
         with dog.limit("save"):
-            time.sleep(0.05)
-        time.sleep(0.05)  # between two limits there is none
+            assert dog._due is None
 
 
 def test_every_limit_is_a_setting():

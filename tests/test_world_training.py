@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -13,22 +14,23 @@ from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from configs import world
 from data.loader import Data, World
 from data.world.asks import Mix
-from data.world.labels import KINDS_OF_WORDS
+from data.world.labels import GROUNDS, KINDS_OF_WORDS, nothing
 from model import store
 from model.connector import ConnectorConfig
 from model.decoder import SiTDecoderConfig, load_sit
-from model.files import dump_config, parse_config, read_json
+from model.files import dump_config, parse_config, read_json, read_tensors, write_tensors
 from model.labels import load_labels
 from model.mllm import MLLMConfig, load
 from model.prefix import Prefix
 from model.qwen import Qwen2_5_VL
 from model.vae import VAEConfig, load_vae
+from train import run as entry
 from train.autoencoder import AutoencoderTaskConfig
 from train.config import Run
 from train.ema import EmaConfig
 from train.engine import EngineConfig
 from train.labelled import LabelledTaskConfig
-from train.loop import Schedule, fit
+from train.loop import Schedule
 from train.metaquery import MetaQueryTaskConfig
 from train.optim import OptimConfig
 from train.ranks import start
@@ -40,19 +42,7 @@ FP32 = EngineConfig(zero=1, precision="fp32")
 
 
 def train(run: Run) -> None:
-    ranks = start(run.engine.timeout_seconds)
-    torch.manual_seed(run.seed)
-    task = run.task.build(run, ranks)
-    assert fit(
-        task,
-        run.schedule,
-        seed=run.seed,
-        folder=run.folder,
-        config=dump_config(run),
-        resume=run.resume,
-        metrics=run.metrics,
-        ranks=ranks,
-    )
+    assert entry.train(run, start(run.engine.timeout_seconds)) == 0
 
 
 def ends_alike(run: Run) -> None:
@@ -113,6 +103,9 @@ def test_a_decoder_goes_on_and_leaves_the_encoder_and_its_statistics_bit_for_bit
 def test_a_decoder_alone_needs_an_encoder_to_keep():
     with pytest.raises(ValueError, match=r"task\.init"):
         AutoencoderTaskConfig(decoder_only=True)
+    run = world.vae()
+    with pytest.raises(ValueError, match=r"data\.image_size is 66; give a multiple of 4"):
+        run.task.build(replace(run, data=replace(run.data, image_size=66)), start(60))
 
 
 def test_a_labelled_sit_trains_goes_on_and_is_loaded_as_a_decoder(folder):
@@ -130,6 +123,14 @@ def test_a_labelled_sit_trains_goes_on_and_is_loaded_as_a_decoder(folder):
         True,
         False,
     ]
+    with pytest.raises(ValueError, match=r"data\.image_size is 32; .* 4 x 8 x 8, .* of 2 x 2 pixels each; make them fit"):
+        train(replace(run, data=replace(data, image_size=32), out=folder / "large"))
+    other = folder / "other-vae"
+    shutil.copytree(folder / "vae" / "release", other)
+    path = other / "diffusion_pytorch_model.safetensors"
+    write_tensors(path, {name: tensor * 2 for name, tensor in read_tensors(path).items()})
+    with pytest.raises(ValueError, match=r"the vae is not the one that .* was trained with"):
+        train(replace(run, task=replace(task, vae=VAEConfig(str(other)))))
     (release / "labels.safetensors").unlink()
     with pytest.raises(ValueError, match="labels"):
         train(replace(run, task=replace(task, init=release), out=folder / "off"))
@@ -173,7 +174,7 @@ def test_a_bridge_learns_its_decoder_s_language_and_goes_on_to_draw(folder):
     model = replace(model, queries=8)
     run = Run(
         "tell",
-        TellTaskConfig(model, mix=Mix(1.0, 0.0, 0.0, 0.0)),
+        TellTaskConfig(model, mix=Mix(caption=1.0, edit=0.0, reconstruct=0.0, subject=0.0)),
         Data(sources=(World(),), image_size=16),
         SHORT,
         OptimConfig(lr=3e-3, warmup_steps=0),
@@ -284,6 +285,10 @@ def test_a_reading_of_label_tokens_says_how_far_off_a_place_is():
         )
         assert ((moved[1] - moved[0]) @ reading).square().sum().item() == pytest.approx(4 * way**2, rel=0.6)
         assert ((recoloured[1] - recoloured[0]) @ reading).square().sum().item() == pytest.approx(0.5, rel=0.6)
+    words, places = (torch.from_numpy(part[:1]).repeat(4, 1) for part in nothing())
+    words[:, 0] = torch.tensor(GROUNDS)
+    grounds = labels(words[None], places[None])[0] @ reading
+    assert torch.pdist(grounds).square().tolist() == pytest.approx([0.5] * 6, rel=0.6)
 
 
 def test_a_vision_tower_learns_dense_labels_and_leaves_the_language_model_alone(folder):

@@ -25,6 +25,7 @@ from train.metrics import MetricsConfig
 from train.ranks import Ranks, start
 
 ROOT = Path(__file__).parent.parent
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1")
 SAVED_AT = 3
 Stage = Literal[0, 1, 2, 3]
 Precision = Literal["fp32", "autocast", "bf16"]
@@ -42,19 +43,23 @@ REPAE = [f"repae-{zero}-{accumulation}" for zero in ZERO_STAGES for accumulation
 PROMPTED = "prompted-3-1"
 
 
-@functools.cache
 def results() -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The folder of the launch, what rank 0 saw and what rank 1 saw."""
+    out, done = launched()
+    assert done.returncode == 0, done.stdout
+    first, second = (json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    return out, first, second
+
+
+@functools.cache
+def launched() -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder and how the launch ended; once, whether well or not."""
     out = Path(tempfile.mkdtemp(prefix="two-ranks-"))
     tiny.metaquery_config(out)
     tiny_repae.prompted_run(out, EngineConfig())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.two_ranks", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=1200
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    return out, first, second
+    command = ["timeout", "1200", *TORCHRUN, "--nproc_per_node=2", "-m", "tests.two_ranks", str(out)]
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    return out, subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=both, text=True)
 
 
 def tiny_run(parts: Path, out: Path, *overrides: str) -> list[str]:
@@ -164,9 +169,9 @@ def main(out: Path) -> None:
     seen["diverging"] = diverging(ranks, out / "diverging")
     seen |= {name: repae(ranks, out, name) for name in (*REPAE, PROMPTED)}
     for zero in ZERO_STAGES:
-        run.main(tiny_run(out, out / f"tiny-{zero}", "--engine.zero", str(zero)))
+        assert run.train(run.parse(tiny_run(out, out / f"tiny-{zero}", "--engine.zero", str(zero))), ranks) == 0
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(seen))
-    ranks.barrier()
+    ranks.leave()
 
 
 if __name__ == "__main__":

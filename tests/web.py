@@ -19,6 +19,7 @@ class Web:
         self.ranges: list[tuple[str, str]] = []
         self.failing = 0
         self.whole = False  # forget that ranges were asked for
+        self.signed = ""  # what alone a signature is for
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
@@ -26,6 +27,8 @@ class Web:
         if self.failing:
             self.failing -= 1
             return web.Response(status=503)
+        if self.signed and name != self.signed:
+            return web.Response(status=403)
         if not (self.folder / name).is_file():
             return web.Response(status=404)
         if "Range" in request.headers and request.method == "GET":

@@ -74,6 +74,7 @@ def torchrun(world: int, work: Callable[[], object], log: Path, shutdown_seconds
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=world,
+            local_addr="127.0.0.1",
             run_id=str(os.getpid()),
             rdzv_backend="c10d",
             rdzv_endpoint="127.0.0.1:0",

@@ -366,7 +366,8 @@ def started_twice(trials: int, folder: Path) -> Outcome:
         codes = wait([first])
         said = (run / "second").read_text().splitlines()[-1]
         named = f"another process (pid {first} on " in said
-        good = named and (codes, second) == ([0], [1]) and slowest < 2 and state(run) == state(folder / "0")
+        soon = slowest < (2 if trials > 1 else 30)  # one is of a busy moment
+        good = named and (codes, second) == ([0], [1]) and soon and state(run) == state(folder / "0")
         outcome.add(good, f"said {said!r} in {slowest:.1f} s, exit codes {second} and {codes}")
     outcome.seen = f"refused after {slowest:.2f} s, start included"
     return outcome

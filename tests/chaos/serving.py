@@ -27,7 +27,7 @@ from train.benchmark_serving import server_process
 
 CLIENTS = 50
 DRIFT = 50e6  # bytes
-LIMITS = ["--body-megabytes", "1", "--body-seconds", "2", "--megapixels", "0.1", "--characters", "2000"]
+LIMITS = ["--body-megabytes", "1", "--body-seconds", "30", "--megapixels", "0.1", "--characters", "2000"]
 LIMITS += ["--waiting", "32", "--request-seconds", "60"]
 CHAT, DRAW, EDIT = "/chat/completions", "/images/generations", "/images/edits"
 STATUSES = {200, 400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 503, 504}
@@ -193,7 +193,7 @@ def load(trials: int, folder: Path) -> Outcome:
         def play(name: str) -> None:
             try:
                 said = str(what[name](url, client))
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, OSError) as error:
                 said = f"{name}: {type(error).__name__} {error}"
             outcome.add(not said, said)
 

