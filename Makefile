@@ -1,6 +1,7 @@
 # make demo: the main job on the embedded default; make test: the suite; make check: that, with ruff and pyright;
 # make chaos: every fault of the catalogue, counted, into docs/reliability.md.
 PYTHON ?= python3
+TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
 .PHONY: demo test check chaos assets install
@@ -24,10 +25,11 @@ assets: install
 
 install: .venv/installed
 
-# torch alone and first: a plain "torch" may take gigabytes of CUDA packages that a CPU machine has no use for.
+# torch alone and first. On Linux, PyPI's brings gigabytes of CUDA; where there is no GPU:
+#     make demo TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 .venv/installed: setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "querybridge needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install torch==2.13.0
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(TORCH)
 	$(BIN)/pip install -e ".[test]"
 	touch $@

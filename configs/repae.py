@@ -195,7 +195,8 @@ def xl_f8d4() -> Run:
     8 GPUs of 80 GB, 400,000 steps (80 epochs). The paper's FID is 4.07 without guidance; this recipe was never run. It
     differs in bfloat16 for float16; a discriminator that starts afresh, with group norm for batch norm; LPIPS in the range
     it was made for; positions that never train; and an average of the VAE in the release. LPIPS wants its
-    two files in the folder `lpips` (see model/perceptual.py).
+    two files in the folder `lpips` (see model/perceptual.py). A sample's class, 0 to 999, is its member `KEY.cls`, as
+    webdataset has it, or `label` in its json.
     """
     return Run(
         name="repae-xl-f8d4",
