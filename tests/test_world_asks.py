@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data.world.asks import KINDS, Mix, heard, make_ask
-from data.world.captions import describe
+from data.world.asks import KINDS, Mix, heard, make_ask, next_step
+from data.world.captions import describe, holds
 from data.world.check import agrees
-from data.world.edits import FAR, keeps_rules, make_edit
+from data.world.edits import FAR, keeps_rules, make_edit, stands_free
 from data.world.labels import CHOICES, encode_caption, encode_choice, encode_wanted
-from data.world.reader import read
-from data.world.scene import HELD_OUT_PAIRS, SHAPES, make_scene, random_for, relation
-from data.world.wanted import _near, by_caption, by_edit, by_scene
+from data.world.reader import UNCLEAR, read
+from data.world.scene import HELD_OUT_PAIRS, SHAPES, Object, Scene, make_scene, random_for, relation
+from data.world.wanted import LOOSE, _near, by_caption, by_edit, by_scene, laid_out
 from model.prefix import DRAW_SYSTEM
 
 
@@ -73,6 +73,45 @@ def test_every_spot_of_an_open_place_is_right():
                 checked += 1
     assert checked > 200
     assert steady > 20
+
+
+@pytest.mark.parametrize("split", ["val", "counts"])
+def test_a_layout_is_a_picture_that_the_caption_allows(split):
+    told = 0
+    for index in range(300):
+        caption = describe(make_scene(5, index, split), random_for(5, "test", index))
+        wanted = by_caption(caption)
+        laid = laid_out(wanted)
+        assert [thing.words for thing in laid.things] == [thing.words for thing in wanted.things]
+        if len(laid.things) == 1:
+            assert laid == wanted
+            continue
+        size = "small" if split == "counts" else "large"
+        looks = [(thing.shape or "star", thing.colour or "red", thing.size or size) for thing in laid.things]
+        objects = tuple(Object(*look, *thing.place[:2]) for look, thing in zip(looks, laid.things, strict=True))
+        assert stands_free(objects, gap=0)
+        assert holds(caption, Scene(caption.background or "white", objects))
+        assert {thing.place[2] for thing in laid.things} == {LOOSE}
+        told += 1
+    assert told > 200
+    for index in range(40):
+        edited = by_edit(make_edit(5, index, split if split == "val" else "train"))
+        assert laid_out(edited) == edited
+
+
+def test_nobody_calls_a_thing_by_what_is_unclear_about_it():
+    """Of a scene read from a picture; and what is unclear may come out as it will."""
+    scene = Scene("white", (Object("circle", UNCLEAR, "large", 0.3, 0.3), Object(UNCLEAR, "red", "small", 0.7, 0.7)))
+    kinds = Counter()
+    for index in range(300):
+        step = next_step([scene], scene.objects[index % 2], "val", random_for("unclear", index))
+        assert step is not None
+        assert UNCLEAR not in step.text
+        assert not any(UNCLEAR in thing.words for thing in step.wanted.things)
+        kinds[step.kind] += 1
+    assert len(kinds) == 5
+    assert not any(UNCLEAR in thing.words for thing in by_scene(scene).things)
+    assert by_scene(Scene(UNCLEAR, scene.objects)).background is None
 
 
 def test_labels_tell_a_scene_and_a_caption_as_they_are():

@@ -36,7 +36,7 @@ from data.world.labels import (
     encode_wanted,
     nothing,
 )
-from data.world.wanted import Wanted
+from data.world.wanted import Wanted, laid_out
 from model.labels import UNKNOWN, Labels, load_labels
 from model.metaquery import Bridge, Heard, MetaQuery, MetaQueryConfig, build
 from model.prefix import Prefix, PrefixBuilder
@@ -283,9 +283,10 @@ def _squares(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _label(wanted: Wanted | None) -> tuple[np.ndarray, ...]:
-    """Words, places, and the row, words and places of what is open."""
-    words, places = nothing() if wanted is None else encode_wanted(wanted)
+    """Words, places, and the row, words and places of what is open. Where words say no place at all, a layout is told."""
     if wanted is None:
+        words, places = nothing()
         return words, places, np.array(1), np.tile(words[1], (CHOICES, 1)), np.tile(places[1], (CHOICES, 1))
-    row, *ways = encode_choice(wanted)
-    return words, places, np.array(row), *ways
+    told = laid_out(wanted)
+    row, *ways = encode_choice(told)
+    return *encode_wanted(told), np.array(row), *ways

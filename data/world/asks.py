@@ -24,6 +24,7 @@ from data.world.captions import Caption, Group, describe
 from data.world.conversations import plan
 from data.world.edits import SIDE_GAP, SIDES, Edit, Naming, edits_of, keeps_rules, make_edit, refer
 from data.world.questions import questions
+from data.world.reader import UNCLEAR
 from data.world.render import render
 from data.world.scene import BACKGROUNDS, GAP, HELD_OUT_PAIRS, RELATIONS, Object, Scene, make_scene, random_for
 from data.world.wanted import Wanted, by_caption, by_edit, by_scene
@@ -125,7 +126,8 @@ def next_step(
     scenes: Sequence[Scene], focus: Object | None, split: str, rng: random.Random, gap: float = GAP
 ) -> Step | None:
     """An edit of the last of the scenes that were drawn so far, in the words of somebody who looks at it; None where it
-    allows none. Objects of a scene that was read from a picture may stand nearer than `GAP`."""
+    allows none. Objects of a scene that was read from a picture may stand nearer than `GAP`, and nobody calls one by what is
+    not clear about it."""
     scene = scenes[-1]
     name = _in_passing(focus, rng)
     for edit in edits_of(scene, split, rng, name, brief=True, gap=gap):
@@ -269,7 +271,9 @@ def _other_step(scenes: list[Scene], split: str, rng: random.Random) -> Step:
 
 
 def _another(edit: Edit, focus: Object, split: str) -> Edit | None:
-    """The same addition, of one more like the last; None where the rules forbid it."""
+    """The same addition, of one more like the last; None where the rules forbid it, or what that looks like is unclear."""
+    if UNCLEAR in focus.look:
+        return None
     new = next(thing for thing in edit.after.objects if thing not in edit.before.objects)
     like = replace(new, colour=focus.colour, shape=focus.shape)
     after = replace(edit.after, objects=(*edit.before.objects, like))
@@ -294,11 +298,11 @@ def _in_passing(focus: Object | None, rng: random.Random) -> Naming:
                 if led and sign * getattr(thing, axis) + SIDE_GAP <= min(led):
                     return f"the one on the {side.removesuffix('most')}"
         if "one word" in ways:
-            if all(other.shape != thing.shape for other in others):
+            if thing.shape != UNCLEAR and all(other.shape != thing.shape for other in others):
                 return f"the {thing.shape}"
-            if all(other.colour != thing.colour for other in others):
+            if thing.colour != UNCLEAR and all(other.colour != thing.colour for other in others):
                 return f"the {thing.colour} one"
-        return refer(thing, scene)
+        return None if UNCLEAR in (thing.colour, thing.shape) else refer(thing, scene)
 
     return name
 
