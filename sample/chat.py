@@ -99,9 +99,9 @@ def main(argv: list[str] | None = None) -> None:
     from sample.pictures import open_picture
 
     pictures = [open_picture(path) for path in args.image]
-    line = args.question
-    if line is None and args.once and not (line := sys.stdin.read().strip()):
-        raise ValueError("--once: there is no question; give one in quotes, or on standard input")
+    line = sys.stdin.read() if args.question is None and args.once else args.question
+    if line is not None and not (line := line.strip()):
+        raise ValueError("there is no question; give one in quotes, or on standard input with --once")
     chat = Chat(args, pictures)
     if line is None:
         chat.talk()
@@ -286,24 +286,21 @@ class Clock:
 
 
 class Bar:
-    """Shows how far a drawing is, where a terminal looks on."""
+    """Shows how far a drawing is, where a terminal looks on; from its first step, because a plan is written before that."""
 
     def __enter__(self) -> "Bar":
         from rich.console import Console
 
-        console = Console(stderr=True)
-        self.status = console.status("reading") if console.is_terminal else None
-        if self.status is not None:
-            self.status.start()
+        self.status = Console(stderr=True).status("drawing")
         return self
 
     def watch(self, progress: "Progress") -> None:
-        if self.status is not None:
+        if self.status.console.is_terminal:
             self.status.update(f"drawing, {1 - float(progress.time):.0%}")
+            self.status.start()  # does nothing where it has begun
 
     def __exit__(self, *_: object) -> None:
-        if self.status is not None:
-            self.status.stop()
+        self.status.stop()
 
 
 def load_speaker(args: Args) -> "Pipeline | FrozenMLLM":

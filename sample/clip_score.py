@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from data.transforms import decode_image, to_rgb
 from model.assets import fingerprint, tensors_of
 from model.hub import Source, fetched, weights
 from sample.drawn import read_about
 from sample.measures import Measure, mean
-from sample.pictures import open_picture
 from sample.progress import Watch
 from sample.prompts import lines_of
 
@@ -58,7 +58,8 @@ def score(
     found: list[float] = []
     for start in watch(range(0, len(files), batch_size)):
         batch = slice(start, start + batch_size)
-        found += clip.cosines([open_picture(path) for path in files[batch]], prompts[batch]).tolist()
+        pictures = [to_rgb(decode_image(path.read_bytes())) for path in files[batch]]
+        found += clip.cosines(pictures, prompts[batch]).tolist()
     cut = Measure(clip.cut(prompts) / len(files), n=len(files), unit="share")
     return {"images.clip_score": mean([100 * max(cosine, 0) for cosine in found]), "images.clip_cut_prompts": cut}
 

@@ -59,12 +59,12 @@ def edits(args: Edits) -> None:
         judged += verdicts
         held += dialogues
     show(f"{args.release}", measures)
-    if args.grid is not None:
-        picture = grid(judged, held)
-        write_whole(args.grid, lambda temporary: picture.save(temporary, format="PNG"))
     told = protocol(args, parts_of(pipeline.model))
     if args.json is not None:
         write_json(args.json, measures, told)
+    if args.grid is not None:
+        picture = grid(judged, held)
+        write_whole(args.grid, lambda temporary: picture.save(temporary, format="PNG"))
     if args.html is not None:
         from sample.report_html import edit_figures, page
 

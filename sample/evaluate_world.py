@@ -80,12 +80,12 @@ def world(args: World) -> None:
         asked = exams(args.seed, "val", args.images)
         measures |= understanding(pipeline.model.mllm, asked, args.batch_size, progress("asking"))
     show(f"{args.release}", measures)
-    if args.grid is not None:
-        picture = picture_of(judged)
-        write_whole(args.grid, lambda temporary: picture.save(temporary, format="PNG"))
     told = protocol(args, parts_of(pipeline.model))
     if args.json is not None:
         write_json(args.json, measures, told)
+    if args.grid is not None:
+        picture = picture_of(judged)
+        write_whole(args.grid, lambda temporary: picture.save(temporary, format="PNG"))
     if args.html is not None:
         from sample.report_html import page, world_figures
 

@@ -43,9 +43,11 @@ def spread(values: Sequence[float], unit: str) -> Measure:
 
 
 def mean(values: Sequence[float], unit: str = "") -> Measure:
-    """The mean of independent values, with its normal 95 % interval."""
+    """The mean of independent values, with its normal 95 % interval; of one value, without."""
     centre = statistics.fmean(values)
-    off = 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    if len(values) == 1:
+        return Measure(centre, unit=unit)
+    off = 1.96 * statistics.stdev(values) / len(values) ** 0.5
     return Measure(centre, centre - off, centre + off, len(values), unit)
 
 

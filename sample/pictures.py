@@ -9,7 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from data.transforms import MAX_PIXELS, decode_image, to_rgb
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP")  # MPO: a camera's JPEG with a small one beside it
 REMEDY = "give a whole PNG, JPEG or WebP file"
 
 

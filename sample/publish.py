@@ -17,7 +17,9 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
@@ -142,22 +144,37 @@ def export(args: Export) -> None:
 
 
 def rewrite(args: Card) -> None:
-    """The card of a folder, whose other files have to be whole.
+    """The card of a folder, whose other files have to be whole. It is made elsewhere first: what fails changes nothing.
 
     Raises:
-        ValueError: the folder was not written by export, or a file that the card does not change is not whole.
+        ValueError: the folder was not written by export, a file that the card does not change is not whole, or one that it
+            is to tell of cannot be read.
     """
-    from model.files import read_json, write_json
+    from model.files import read_json, write_json, write_whole
     from sample.card import ABOUT, MEASURES, METRICS, RUN
 
-    told = {ABOUT, "README.md", RUN, METRICS}
-    problems = [found for name, found in _verify(args.folder) if name not in told and not name.startswith(f"{MEASURES}/")]
+    def told(name: str) -> bool:
+        return name in (ABOUT, "README.md", RUN, METRICS) or name.startswith(f"{MEASURES}/")
+
+    problems = [found for name, found in _verify(args.folder) if not told(name)]
     if problems:
         raise ValueError(problems[0])
-    if args.license is not None:
-        write_json(args.folder / ABOUT, read_json(args.folder / ABOUT) | {"license": args.license})
-    _tell(args.folder, args.run, args.measures)
-    _seal(args.folder)
+    with TemporaryDirectory() as temporary:
+        draft = Path(temporary)
+        for name in _held(args.folder):
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            if told(name):
+                shutil.copyfile(args.folder / name, draft / name)
+            else:
+                (draft / name).symlink_to((args.folder / name).resolve())
+        if args.license is not None:
+            write_json(draft / ABOUT, read_json(draft / ABOUT) | {"license": args.license})
+        _tell(draft, args.run, args.measures)
+        _seal(draft)
+        if not (draft / METRICS).is_file():
+            (args.folder / METRICS).unlink(missing_ok=True)
+        for name in (*filter(told, _held(draft)), SUMS):
+            write_whole(args.folder / name, partial(shutil.copyfile, draft / name))
 
 
 def check(folder: Path) -> list[str]:

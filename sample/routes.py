@@ -69,7 +69,7 @@ def make_app(worker: Worker, name: str, limits: Limits = Limits(), keys: Sequenc
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [describe()]}
 
-    @app.get("/v1/models/{model}")
+    @app.get("/v1/models/{model:path}")  # a hub id has a slash
     async def model(model: str) -> dict[str, Any]:
         known(model)
         return describe()
@@ -102,7 +102,7 @@ def make_app(worker: Worker, name: str, limits: Limits = Limits(), keys: Sequenc
 
     @app.post(EDITS)
     async def edits(request: Request) -> Response:
-        async with request.form(max_files=limits.images + 1, max_fields=64) as form:
+        async with request.form(max_fields=64) as form:
             files, fields = [], {}
             for key, value in form.multi_items():
                 if not isinstance(value, UploadFile):
@@ -349,11 +349,11 @@ class Door:
                 return await receive()
             try:
                 async with asyncio.timeout(end - time.monotonic()):
-                    message = await receive()
+                    message = await arriving(receive)
                     length += len(message.get("body", b""))
                     too_large = max(length, declared) > limit
                     while too_large and message.get("more_body") and max(length, declared) <= DRAINED * limit:
-                        message = await receive()
+                        message = await arriving(receive)
                         length += len(message.get("body", b""))
             except TimeoutError as error:
                 raise Refused(408, "the body did not arrive in time") from error
@@ -380,6 +380,14 @@ class Door:
         for name in ("pictures", "batches", "answers", "tokens", "prompt_tokens"):
             family(f"{name}_total", "counter", {"": worker.done[name]})
         return "\n".join(lines) + "\n"
+
+
+async def arriving(receive: Receive) -> Message:
+    """The next part of a body. Raises Refused where the client is gone."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise Refused(499, "the client went before its body had arrived", code="client_closed_request")
+    return message
 
 
 def _loopback(host: bytes) -> bool:

@@ -6,6 +6,7 @@ is then empty and the picture joins the user's next turn, so that talking about 
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 
+import torch
 from PIL import Image
 
 from model.dialogue import Dialogue
@@ -77,7 +78,8 @@ class Session:
             thought = [*begun, Turn("user", f"{text}\n{THINK}", sources)]
             plan = self._plan(thought, max_new_tokens, tell or (lambda piece: None))
             asked = [*thought, Turn("assistant", plan), Turn("user", text)]
-        condition = model.condition(self.dialogue.read(asked, room=model.config.queries))
+        with torch.no_grad():
+            condition = model.condition(self.dialogue.read(asked, room=model.config.queries))
         picture = self.pipeline([Asked(text, sources, condition)], [seed], drawing, watch)[0]
         self.turns = [*asked, Turn("assistant", "")]
         self.drawn = (picture,) if self.mllm.builder.images is not None else ()

@@ -117,6 +117,34 @@ def test_a_script_gets_json(folder, mllm, monkeypatch, capsys, tmp_path):
     assert len(list(map(json.loads, capsys.readouterr().out.splitlines()))) == 2
 
 
+def test_a_plan_is_printed_as_it_is(folder, monkeypatch, capsys, tmp_path):
+    """Also where a terminal looks on, whose bar must not take in what is printed."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert run(chat.main, [*draw_arguments(folder, tmp_path), "--think", "/draw a star"]) == 0
+    drawn = tmp_path / "drawn-000.png"
+    told = capsys.readouterr()
+    assert told.out == f"{PngImageFile(drawn).text['plan']}\n{drawn}\n"
+    assert "drawing, " in told.err
+
+
+def test_a_session_draws_without_gradients(folder):
+    class Recorded(Pipeline):
+        def __call__(self, asked, *rest):
+            self.asked = asked
+            return super().__call__(asked, *rest)
+
+    pipeline = Recorded.from_release(folder / "release")
+    Session(pipeline).draw("a star", drawing=Drawing(steps=1))
+    assert not pipeline.asked[0].condition.requires_grad
+
+
+@pytest.mark.parametrize("arguments", [["--once", "--json", " "], [""], ["--once"]])
+def test_an_empty_question_is_refused(folder, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert run(chat.main, ["--release", str(folder / "release"), *arguments]) == 2
+    assert "there is no question" in capsys.readouterr().err
+
+
 def test_a_saved_dialogue_is_resumed(folder, monkeypatch, capsys, tmp_path):
     arguments, file = draw_arguments(folder, tmp_path), tmp_path / "saved" / "talk.json"
     asked = ["how many ?", "/draw a star", "what colour is it ?"]

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -94,6 +95,13 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path):
     for name in damaged_pictures(tmp_path):
         with pytest.raises(ValueError, match=r"^image "):
             open_picture(tmp_path / name)
+
+
+def test_a_cameras_jpeg_with_a_small_one_beside_it_is_read(tmp_path):
+    picture = Image.new("RGB", (8, 8), "red")
+    picture.save(tmp_path / "camera.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (4, 4))])
+    assert Image.open(tmp_path / "camera.jpg").format == "MPO"
+    assert np.abs(np.asarray(open_picture(tmp_path / "camera.jpg"), int) - np.asarray(picture)).max() <= 2
 
 
 def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path):

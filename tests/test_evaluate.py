@@ -298,7 +298,9 @@ def test_the_clip_score_is_that_of_the_stock_class(tmp_path, capsys):
     assert found["images.clip_cut_prompts"].value == pytest.approx(1 / 3)
     assert len(read_protocol(tmp_path / "a.json")["sha256"]["clip"]) == 64
     listed = tmp_path / "list.jsonl"
-    listed.write_text("".join(json.dumps({"file": f"{n}.png", "prompt": "a star"}) + "\n" for n in range(3)))
+    tiny.image((40, 32)).save(drawn / "3.bmp")
+    names = sorted(path.name for path in drawn.iterdir())
+    listed.write_text("".join(json.dumps({"file": name, "prompt": "a star"}) + "\n" for name in names))
     assert run(evaluate.main, [*asked.split(), "--prompts", str(listed)]) == 0
     assert read_json(tmp_path / "a.json") != found
     assert run(evaluate.main, [*asked.split(), "--clip", str(tmp_path / "absent")]) == 2

@@ -164,6 +164,16 @@ def test_the_card_is_filled_from_the_files(release, measures, tmp_path):
     assert publish._verify(out) == []
 
 
+@pytest.mark.parametrize("option", ["--measures", "--run"])
+def test_a_card_that_cannot_be_made_changes_nothing(option, release, measures, tmp_path):
+    out = exported(release, tmp_path / "a", "--bundle-base", "--run", f"{measures}/mine.run.json")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (tmp_path / "broken.json").write_text("no json")
+    with pytest.raises(ValueError, match=r"broken\.json|run\.json"):
+        publish.main(["card", str(out), "--license", "mit", option, str(tmp_path / "broken.json")])
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_hub_ids_are_the_cards_base_models(release, tmp_path):
     out = exported(release, tmp_path / "a", "--bundle-base")
     recorded = read_json(out / "publication.json")

@@ -51,10 +51,10 @@ def pipeline(folder):
 
 
 @contextmanager
-def served(pipeline, limits=LIMITS, keys=(), grace_seconds=1.0, mllm=None, **capacity):
+def served(pipeline, limits=LIMITS, keys=(), grace_seconds=1.0, mllm=None, name="tiny", **capacity):
     """The address of a server in a thread of this process, and its worker."""
     worker = Worker(pipeline, mllm or pipeline.model.mllm, Capacity(**capacity))
-    app = make_app(worker, "tiny", limits, keys)
+    app = make_app(worker, name, limits, keys)
     server, listening = Server(worker, uvicorn_config(app, grace_seconds), grace_seconds), serve.listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -251,6 +251,7 @@ def test_bodies_of_another_type_are_refused(url):
         ({"x": b""}, {"prompt": "x"}, 422),
         ({"image": ("x.png", b"none")}, {"prompt": "x"}, 415),
         ([("image[]", picture)] * 3, {"prompt": "x"}, 413),
+        ([("image[]", picture)] * 9, {"prompt": "x"}, 413),
     ):
         assert httpx.post(f"{url}/v1/images/edits", files=files, data=data).status_code == status
 
@@ -262,6 +263,26 @@ def test_a_body_that_stalls_is_given_up(url):
         stalled.sendall("\r\n".join(["POST /v1/chat/completions HTTP/1.1", *head]).encode())
         stalled.settimeout(10)
         assert stalled.recv(100).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("/v1/chat/completions", "application/json"), ("/v1/images/edits", "multipart/form-data; boundary=x")],
+)
+def test_a_client_that_goes_in_the_middle_of_its_body_is_no_failure_of_ours(url, path, kind):
+    host, port = url.removeprefix("http://").split(":")
+    counted = f'querybridge_requests_total{{path="{path}",status="499"}}'
+
+    def gone():
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        return next((float(line.split()[-1]) for line in lines if line.startswith(counted)), 0.0)
+
+    before = gone()
+    with socket.create_connection((host, int(port))) as leaving:
+        head = "Host: localhost", f"Content-Type: {kind}", "Content-Length: 99", "", "--x"
+        leaving.sendall("\r\n".join([f"POST {path} HTTP/1.1", *head]).encode())
+        until(lambda: "requests_under_way 2" in httpx.get(f"{url}/metrics").text)
+    until(lambda: gone() == before + 1)
 
 
 def test_other_names_for_this_machine_are_refused_without_keys(url):
@@ -321,9 +342,11 @@ def test_turns_that_the_chat_template_refuses_are_the_clients_error(pipeline, cl
 
 
 def test_a_bare_mllm_answers_and_draws_nothing(pipeline):
-    with served(None, mllm=pipeline.model.mllm) as (url, _, _):
+    with served(None, mllm=pipeline.model.mllm, name="maker/tiny") as (url, _, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        assert client.chat.completions.create(**CHAT, max_tokens=4).choices[0].message.content is not None
+        said = client.chat.completions.create(**{**CHAT, "model": "maker/tiny"}, max_tokens=4)
+        assert said.choices[0].message.content is not None
+        assert httpx.get(f"{url}/v1/models/maker/tiny").json()["id"] == "maker/tiny"
         with pytest.raises(openai.NotFoundError, match="release"):
             client.images.generate(prompt="a red circle")
 
