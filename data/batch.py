@@ -94,8 +94,7 @@ class TextToImageCollate:
 
     def check(self, record: TextToImage | Edit) -> None:
         """BadSample for a source picture that image processors refuse."""
-        if any(max(image.size) > MAX_ASPECT * min(image.size) for image in _conditions(record)[1]):
-            raise BadSample(f"a source picture is more than {MAX_ASPECT} times as long as wide")
+        _check_aspect(_conditions(record)[1])
 
     def __call__(self, records: Sequence[TextToImage | Edit], indices: Sequence[int]) -> T2IBatch:
         prompts: list[str] = []
@@ -119,7 +118,9 @@ class ChatCollate:
     builder: PrefixBuilder
 
     def check(self, record: Conversation) -> None:
-        """BadSample if a user's text is longer than the model reads: a question cut short has another answer."""
+        """BadSample for a picture that image processors refuse, or if a user's text is longer than the model reads: a
+        question cut short has another answer."""
+        _check_aspect([image for turn in record.turns for image in turn.images])
         texts = [turn.text for turn in record.turns if turn.role == "user"]
         if any(count_tokens(text, self.builder) > self.builder.max_text_tokens for text in texts):
             raise BadSample("a user's text has more tokens than the model reads (max_text_tokens)")
@@ -150,21 +151,28 @@ class LabelledCollate:
         if self.flip:
             mirrored = torch.tensor([uniform(self.seed, "flip", index) < 0.5 for index in indices])
             pixels[mirrored] = pixels[mirrored].flip(-1)
-        points = None if self.points is None else points_of(scenes, *self.points)
-        return LabelledBatch(torch.tensor(indices), labels, pixels, _latents(records), points)
+        batch = LabelledBatch(torch.tensor(indices), labels, pixels, _latents(records))
+        return batch if self.points is None else replace(batch, points=points_of(batch.scenes, *self.points))
 
 
 def shorten(text: str, builder: PrefixBuilder) -> str:
-    """The text, or as many of its first words as fit into the builder's `max_text_tokens`."""
+    """The text, or as many of its first words as fit into the builder's `max_text_tokens`; of text without spaces, of its
+    first letters."""
     while (tokens := count_tokens(text, builder)) > builder.max_text_tokens:
-        words = text.split()
-        text = " ".join(words[: len(words) * builder.max_text_tokens // tokens])  # always fewer words
+        words, letters = text.split(), len(text) * builder.max_text_tokens // tokens
+        cut = " ".join(words[: len(words) * builder.max_text_tokens // tokens])  # always fewer words
+        text = cut if 2 * len(cut) > letters else text[:letters]
     return text
 
 
 def count_tokens(text: str, builder: PrefixBuilder) -> int:
     """How many tokens a user's text takes in a prefix."""
     return len(builder.encode(text))
+
+
+def _check_aspect(images: Sequence[Image.Image]) -> None:
+    if any(max(image.size) > MAX_ASPECT * min(image.size) for image in images):
+        raise BadSample(f"a source picture is more than {MAX_ASPECT} times as long as wide")
 
 
 def _conditions(record: TextToImage | Edit) -> tuple[str, tuple[Image.Image, ...]]:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import tyro
 
 from data.parallel import each_shard
-from data.shard_index import index_shard, index_shards, keep_index, make_index, recorded_digest
+from data.shard_index import index_shards, keep_index, kept_index, make_index, recorded_digest
 from data.shards import expand
 from data.storage import here, is_url
 from model.files import sha256_of
@@ -76,9 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _indexed(path: str, out: Path | None) -> Indexed:
     try:
         with here(path) as file:
-            if out is None and not is_url(path):
-                index = index_shard(path, digest=True, shapes=True)
-            else:
+            index = None if out is not None or is_url(path) else kept_index(path, digest=True, shapes=True)
+            if index is None:
                 index = keep_index(path, make_index(file, digest=True, shapes=True), out)
             return Indexed(len(index), os.path.getsize(file))
     except (ValueError, OSError) as error:

@@ -107,11 +107,16 @@ def _in_epoch(turn: int, pool: int, length: int, seed: int) -> Place:
 
 
 def quotas(weights: Sequence[float]) -> tuple[int, ...]:
-    """How many of BLOCK samples each source gives: at least one; the largest source takes the rounding."""
+    """How many of BLOCK samples each source gives: at least one, and else its share to less than one, largest remainders
+    first."""
     if not weights or min(weights) <= 0 or len(weights) > BLOCK:
         raise ValueError("data.sources needs at least one source, and every weight above 0; remove sources you do not want")
-    counts = [max(1, round(weight / sum(weights) * BLOCK)) for weight in weights]
-    counts[counts.index(max(counts))] += BLOCK - sum(counts)
+    shares = [weight / sum(weights) * BLOCK for weight in weights]
+    counts = [max(1, int(share)) for share in shares]
+    while (off := BLOCK - sum(counts)) != 0:
+        step = 1 if off > 0 else -1  # above BLOCK where small sources were given their one
+        able = [source for source, quota in enumerate(counts) if quota + step > 0]
+        counts[max(able, key=lambda source: step * (shares[source] - counts[source]))] += step
     return tuple(counts)
 
 

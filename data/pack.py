@@ -22,7 +22,7 @@ from data.shard_index import MAX_BYTES
 from data.transforms import decode_image
 from model.files import check_new
 
-KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name of a format -> extension
+KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name of a format -> extension
 
 Job = TypeVar("Job")
 

@@ -125,7 +125,7 @@ def _message(message: Any) -> tuple[Literal["system", "user", "assistant"], str]
         content = "".join(_part(part) for part in content)
     if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
         raise BadSample("a message lacks a known role or its text")
-    return ROLES[role], content
+    return ROLES[role], _unicode(content)
 
 
 def _part(part: Any) -> str:
@@ -155,7 +155,16 @@ def _caption(raw: dict[str, Any]) -> str:
     caption = raw["txt"] or raw["json"].get("caption")
     if not isinstance(caption, str) or not caption.strip():
         raise BadSample("no caption")
-    return caption.strip()
+    return _unicode(caption.strip())
+
+
+def _unicode(text: str) -> str:
+    """The text. BadSample for half of a surrogate pair, which JSON may hold and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadSample("a text is not Unicode") from error
+    return text
 
 
 def _drawn(raw: dict[str, Any]) -> Image.Image | None:

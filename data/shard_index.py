@@ -12,6 +12,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -64,12 +65,23 @@ def index_shards(paths: Sequence[str], shapes: bool = False) -> list[ShardIndex]
 def index_shard(path: str, digest: bool = False, shapes: bool = False) -> ShardIndex:
     """The index of the local shard at `path`, read from its cache or made; with `digest`, its cache keeps the shard's sha256
     as it is now. ValueError if the shard is not a whole tar."""
+    found = kept_index(path, digest, shapes)
+    if found is None:
+        content = make_index(path, digest, shapes)
+        with suppress(OSError):  # made again the next time, then
+            keep_index(path, content)
+        found = _to_index(path, content)
+    return found
+
+
+def kept_index(path: str, digest: bool, shapes: bool) -> ShardIndex | None:
+    """The index of the local shard at `path` from its cache; None where that says less, or of what has changed."""
     stamp = _stamp(path)
     for cache in _caches(path):
         content = _cached(cache, stamp)
         if content is not None and _suffices(content, digest, shapes):
             return _to_index(path, content)
-    return keep_index(path, make_index(path, digest, shapes))
+    return None
 
 
 def make_index(path: str, digest: bool, shapes: bool) -> dict[str, Any]:
@@ -83,10 +95,12 @@ def make_index(path: str, digest: bool, shapes: bool) -> dict[str, Any]:
 
 
 def keep_index(path: str, content: dict[str, Any], out: Path | None = None) -> ShardIndex:
-    """Write the index of the shard at `path` into the folder `out`, by default where it is looked for."""
+    """Write the index of the shard at `path` into the folder `out`, by default where it is looked for. OSError where that
+    fails."""
     places = _caches(path) if out is None else [out / (os.path.basename(urlsplit(path).path) + ".idx.json")]
-    if not any(_write(place, content) for place in places) and out is not None:
-        raise OSError(f"--out {out} cannot be written; name another folder")
+    if not any(_write(place, content) for place in places):
+        where = " and ".join(str(place.parent) for place in places)
+        raise OSError(f"the index of shard {path} cannot be written to {where}; name another folder with --out")
     return _to_index(path, content)
 
 

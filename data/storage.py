@@ -108,6 +108,10 @@ class Files:
         self._open.move_to_end(path)
         return self._open[path]
 
+    def __del__(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
     def __getstate__(self) -> dict[str, Any]:
         return {"_open": OrderedDict()}  # descriptors do not survive pickling to a worker
 

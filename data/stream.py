@@ -83,15 +83,15 @@ class StreamSource:
 
     def _in_order(self, number: int, streams: int) -> Iterator[_Packed]:
         """Every so many-th shard of all passes through all shards, each pass in another order."""
-        empty = 0  # shards in a row
+        empty: set[str] = set()  # shards of this stream
         for turn in count(number, streams):
             epoch, position = divmod(turn, len(self._shards))
             shard = self._shards[permute(position, len(self._shards), self._seed, "stream", self._start, epoch)]
-            empty += 1
+            empty.add(shard)
             for sample in _samples(shard):
                 yield sample
-                empty = 0
-            if empty == len(self._shards):
+                empty.discard(shard)
+            if len(empty) == len(self._shards):
                 raise ValueError(f"data.sources urls: {shard} and the others hold no sample; name others")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.address import uniform
 from data.batch import LabelledBatch
-from data.world.labels import Withhold, absent, encode, labels_config
+from data.world.labels import OBJECTS, Withhold, absent, encode, labels_config
 from data.world.scene import random_for
 from model.labels import UNKNOWN, LabelsConfig
 
@@ -32,6 +32,11 @@ class ScenesTold:
     def __post_init__(self) -> None:
         if self.spare < 0:
             raise ValueError(f"told.spare is {self.spare}; give 0 or more")
+
+    @property
+    def tokens(self) -> int:
+        """The most that a scene is told in."""
+        return 1 + OBJECTS + self.spare
 
     def labels(self, width: int) -> LabelsConfig:
         """The shape of the label embedding."""

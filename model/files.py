@@ -38,6 +38,8 @@ def publish(folder: Path) -> Iterator[Path]:
         draft.rename(folder)
         sync(folder.parent)
     finally:
+        if replaced.exists() and not folder.exists():  # stopped between the two
+            replaced.rename(folder)
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 

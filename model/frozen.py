@@ -284,7 +284,7 @@ class FrozenMLLM:
 
     def _unfinished(self, text: str, last: int) -> bool:
         """Whether the next token can still change the end of `text`: bytes of a character that is not whole yet."""
-        token = self.builder.tokenizer.convert_ids_to_tokens(last)
+        token = self.builder.tokenizer.convert_ids_to_tokens(last) or ""  # a model may have more than its tokenizer knows
         return text.endswith("�") or (token.startswith("<0x") and token.endswith(">"))
 
     def _decode(self, ids: list[int]) -> str:

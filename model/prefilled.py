@@ -83,7 +83,8 @@ class Prefilled:
         )
 
     def looked(self) -> Looked:
-        """States and ages of all tokens, padding first; a picture ends where its tokens do."""
+        """States and ages of all tokens, padding first; a picture ends where its tokens do, and the tiles that some families
+        cut one into are a picture each."""
         ends = self.pictures & ~F.pad(self.pictures[:, 1:], (0, 1))  # [B, P]
         to_come = ends.long().flip(1).cumsum(1).flip(1)  # [B, P]: pictures that end here or later
         ages = torch.where(self.pictures, to_come, -1 - to_come) * self.mask

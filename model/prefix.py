@@ -324,9 +324,10 @@ class PrefixBuilder:
             raise ValueError(f"the text {turn.text[:40]!a} is not Unicode; give it in UTF-8") from error
         ids = self.encode(blanks + turn.text)
         if turn.role == "user" and len(ids) > self.max_text_tokens:
-            raise ValueError(
-                f"the prompt {turn.text[:40]!r}... has {len(ids)} tokens and the limit is {self.max_text_tokens}; shorten it"
-            )
+            alone = len(self.encode(turn.text))  # blanks of the template may be a token of their own
+            if alone > self.max_text_tokens:
+                said, limit = turn.text[:40], self.max_text_tokens
+                raise ValueError(f"the prompt {said!r}... has {alone} tokens and the limit is {limit}; shorten it")
         return ids
 
     def _pad(self, rows: list[list[int]], value: int) -> Tensor:

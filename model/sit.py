@@ -50,6 +50,14 @@ class SiTConfig:
     """What times in [0, 1] are multiplied with before their sines and cosines are taken."""
     activation_checkpointing: bool = False
 
+    def check_tokens(self, count: int, field: str) -> None:
+        """ValueError where a call may not bring as many conditioning tokens as `field` of a run makes."""
+        if self.conditioning != "modulation" and count > self.condition_tokens:
+            raise ValueError(
+                f"{field} makes {count} conditioning tokens and the SiT takes {self.condition_tokens}; lower it, or raise "
+                "task.sit.condition_tokens"
+            )
+
 
 class SiTOutput(NamedTuple):
     """`hidden` holds the latent tokens after the block that was asked for. A tuple, because ZeRO-3 gathers parameters for

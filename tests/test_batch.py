@@ -75,6 +75,14 @@ def test_a_caption_too_long_loses_its_last_words(builder):
     assert equal(batch.prefix, narrow.draw([short]))
 
 
+def test_text_without_spaces_loses_its_last_letters(builder):
+    narrow = PrefixBuilder(builder.tokenizer, builder.images, builder.positions, max_text_tokens=10)
+    for caption in ("赤い丸の上に青い四角" * 20, "a " + "赤い丸" * 60, "x" * 500):
+        short = shorten(caption, narrow)
+        assert caption.startswith(short)
+        assert 3 < count_tokens(short, narrow) <= 10
+
+
 def test_chat(builder):
     turns = (Turn("user", "what colour is it ?", (RED,)), Turn("assistant", "red"))
     records = [Conversation("a", turns), Conversation("b", (Turn("user", "how many ?"), Turn("assistant", "one")))]
@@ -93,6 +101,9 @@ def test_chat_refuses_a_question_too_long(builder):
     ChatCollate(narrow).check(short)
     with pytest.raises(BadSample, match="max_text_tokens"):
         ChatCollate(narrow).check(long)
+    thin = Turn("user", "?", (Image.new("RGB", (1000, 4)),))
+    with pytest.raises(BadSample, match="100 times as long as wide"):
+        ChatCollate(builder).check(Conversation("c", (thin, Turn("assistant", "red"))))
 
 
 def test_labels():
@@ -104,6 +115,10 @@ def test_labels():
     assert scenes.pixels.shape == (1, 3, 16, 16)
     with pytest.raises(ValueError, match=r"data\.sources mixes"):
         LabelledCollate(16)([Labelled("a", RED, 3), Labelled("b", RED, {})], [0, 1])
+    with pytest.raises(ValueError, match="label by class number, and this task learns from scenes"):
+        LabelledCollate(16, points=(4, 2))([Labelled("a", RED, 3)], [0])
+    with pytest.raises(ValueError, match="a label is no scene of the generated world"):
+        LabelledCollate(16, points=(4, 2))([Labelled("a", RED, {"background": "red"})], [0])
 
 
 def test_batches_move_to_a_device(builder):

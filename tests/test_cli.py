@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from model.files import write_whole
+from model.files import publish, write_whole
 from sample.cli import run
 from sample.pictures import open_picture
 
@@ -40,6 +42,24 @@ def test_our_own_mistakes_keep_their_traceback():
 
 def test_ctrl_c_is_130(capsys):
     assert run(raising(KeyboardInterrupt())) == 130
+
+
+def test_a_folder_that_is_not_replaced_stays(tmp_path, monkeypatch):
+    """Ctrl-C between the two renames of `publish`."""
+    folder, rename = tmp_path / "release", Path.rename
+
+    def interrupted(path, target):
+        if path.name.endswith(".draft"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with publish(folder) as draft:
+        (draft / "a").write_text("old")
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), publish(folder) as draft:
+        (draft / "a").write_text("new")
+    assert (folder / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):

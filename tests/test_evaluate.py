@@ -303,6 +303,7 @@ def test_the_clip_score_is_that_of_the_stock_class(tmp_path, capsys):
     listed.write_text("".join(json.dumps({"file": name, "prompt": "a star"}) + "\n" for name in names))
     assert run(evaluate.main, [*asked.split(), "--prompts", str(listed)]) == 0
     assert read_json(tmp_path / "a.json") != found
+    (drawn / "3.bmp").unlink()
     assert run(evaluate.main, [*asked.split(), "--clip", str(tmp_path / "absent")]) == 2
     assert "absent' cannot be loaded" in capsys.readouterr().err
     (drawn / "plain.png").write_bytes((folder_of(tmp_path / "plain", [1]) / "1.png").read_bytes())

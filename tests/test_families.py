@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from data.batch import shorten
 from model import mllm
 from model.mllm import MLLMConfig
 from model.prefix import Turn
@@ -213,6 +214,16 @@ def test_a_prefix_does_not_depend_on_the_day_it_is_read(tmp_path):
     (folder / "chat_template.jinja").write_text(today + "{{ date_string }}" + template)
     builder = mllm.load_builder(MLLMConfig(str(folder)))
     assert builder.tokenizer.decode(builder.draw(["a"]).ids[0]).startswith("26 Jul 2024<|im_start|>")
+
+
+def test_a_caption_that_was_shortened_is_read(tmp_path):
+    """Where the template has a blank before the text, which may be a token of its own there."""
+    config = MLLMConfig(str(SEEING["smolvlm"](tmp_path / "mllm")))
+    for limit in range(8, 20):
+        builder = mllm.load_builder(config)
+        builder.max_text_tokens = limit
+        for word in ("赤い", "7", "ω", "red"):
+            assert builder.draw([shorten(f"{word} a red circle left of a blue square " * 3, builder)]).ids.shape[0] == 1
 
 
 def test_a_sliding_window_is_refused(tmp_path):

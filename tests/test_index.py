@@ -29,6 +29,16 @@ def test_indexes_are_made_and_serve_training(shards, capsys):
     assert run(shards, "--verify") == 0
 
 
+def test_an_index_that_can_be_kept_nowhere_is_no_success(shards, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for place in ("00000", "00001", "00002"):
+        (shards / f"{place}.tar.idx.json").mkdir()  # nothing can take a folder's place
+    assert run(shards) == 1
+    assert "cannot be written to" in capsys.readouterr().err
+    assert len(index_shard(str(shards / "00000.tar"))) == 3  # training goes on without
+
+
 def test_a_copy_with_another_date_is_verified_too(shards):
     """Whatever trained on it meanwhile and made its index anew; until it is indexed again, the first bytes count."""
     run(shards)

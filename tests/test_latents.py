@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data import precompute
+from data.batch import LabelledCollate
 from data.latents import latent_fingerprint
 from data.loader import Data, open_source
 from data.pack import Item, write_shards
@@ -24,6 +25,7 @@ from train import run
 from train.config import Run
 from train.metaquery import MetaQueryTask, MetaQueryTaskConfig
 from train.ranks import start
+from train.task import loader_for
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,8 @@ def test_a_second_stage_reads_latents_in_place_of_its_frozen_vae(parts, tmp_path
     torch.testing.assert_close(seen[0], expected, rtol=2e-3, atol=2e-3)  # float16
     with pytest.raises(ValueError, match="latents serve a VAE that stays"):
         build(replace(run, task=replace(run.task, train_vae=True)), start(60))
+    with pytest.raises(ValueError, match="latents: this task encodes every picture itself"):
+        loader_for(LabelledCollate(16), run, start(60))
 
 
 def test_latents_are_those_that_training_would_encode(parts, shards, tmp_path):

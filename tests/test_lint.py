@@ -1,7 +1,9 @@
 """Everything that is wrong with shards is said, by shard and sample; nothing else is."""
 
+import gc
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -83,6 +85,16 @@ def test_a_link_is_never_followed(tmp_path):
     assert ("secret.txt", "a link or device, which is never read") in {
         (p.key, p.problem) for p in lint.lint(str(path), "t2i")
     }
+
+
+def test_no_file_stays_open(tmp_path):
+    path = write_tar(tmp_path / "0.tar", SAMPLE)
+    lint.lint(path, "t2i")
+    gc.collect()
+    before = os.listdir("/proc/self/fd")
+    for _ in range(5):
+        lint.lint(path, "t2i")
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_the_task_decides_what_is_missing(tmp_path):

@@ -84,6 +84,10 @@ def test_quotas():
     assert quotas([0.9, 0.1]) == (9000, 1000)
     assert sum(quotas([1, 1, 1])) == BLOCK
     assert quotas([1e9, 1]) == (BLOCK - 1, 1)
+    assert sorted({*quotas([1] * 150)}) == [BLOCK // 150, BLOCK // 150 + 1]
+    for weights in ([1] * 180, [1e9] * 3 + [1] * 400, [3, 1, 1, 1, 1]):
+        assert sum(quotas(weights)) == BLOCK
+        assert min(quotas(weights)) >= 1
     for weights in ([], [1, 0], [1, -1]):
         with pytest.raises(ValueError, match=r"data\.sources"):
             quotas(weights)

@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused(folder):
         (replace(run, data=replace(run.data, task="labelled")), "what task.told tells is in samples of t2i"),
         (
             replace(run, task=replace(run.task, told=replace(told, queries=65))),
-            "queries is 65 and task.sit.condition_tokens",
+            "task.told.queries makes 65 conditioning tokens and the SiT takes 64",
         ),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -68,6 +68,7 @@ USER, ANSWER = {"role": "user", "content": "what?"}, {"role": "assistant", "cont
     [
         ("t2i", {"txt": " "}, "no caption"),
         ("t2i", {"txt": "", "json": {"caption": 3}}, "no caption"),
+        ("t2i", {"txt": "", "json": {"caption": "a cat \ud83d"}}, "a text is not Unicode"),
         ("t2i", {"image": None}, "no image"),
         ("i2i", {"image": None}, "no image"),
         ("edit", {}, "no source image"),
@@ -90,6 +91,7 @@ USER, ANSWER = {"role": "user", "content": "what?"}, {"role": "assistant", "cont
             {"json": {"messages": [USER, {"role": ["user"], "content": ""}]}},
             "a message lacks a known role or its text",
         ),
+        ("chat", {"json": {"messages": [USER, {"role": "assistant", "content": "\ud83d"}]}}, "a text is not Unicode"),
         ("chat", {"json": {"messages": [USER, {"role": "assistant"}]}}, "a message lacks a known role or its text"),
         (
             "chat",

@@ -15,6 +15,7 @@ from data.records import BadSample
 from data.shard_index import MAX_BYTES
 from data.shards import Shards, ShardSource, expand
 from data.storage import CacheConfig, Span, Urls
+from data.stream import StreamSource
 from tests.test_loader import Names, global_batches
 from tests.test_shards import png, write_tar
 from tests.web import serve
@@ -241,6 +242,16 @@ def test_streams_of_nothing_end(tmp_path):
     (tmp_path / "set" / "0.tar").write_bytes(bytes(10240))
     with pytest.raises(ValueError, match="hold no sample"):
         next(iter(Loader(streamed(f"{tmp_path}/set/*.tar"), Names(), 2)))
+
+
+def test_a_shard_without_samples_is_passed_over(tmp_path):
+    """However often: of two ranks and two shards, one comes upon it again and again."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "0.tar").write_bytes(bytes(10240))
+    write_tar(tmp_path / "set" / "1.tar", [("a.txt", b"a")])
+    for rank in range(2):
+        source = StreamSource(f"{tmp_path}/set/*.tar", 1, 0, rank, 2)
+        assert [source.read(number)["txt"] for number in range(20)] == ["a"] * 20
 
 
 def test_a_member_that_is_too_large_is_not_fetched(tmp_path, monkeypatch):

@@ -373,6 +373,7 @@ def test_parts_that_do_not_fit_are_refused(folder):
         (dict(sit=tiny.sit_config(latent_channels=3)), r"draws latents of 3 x 8 x 8, and task.vae .* makes 4 x 8 x 8"),
         (dict(sit=tiny.sit_config(latent_size=16)), r"draws latents of 4 x 16 x 16"),
         (dict(discriminator=DiscriminatorConfig(norm="sync")), "norm sync needs GPUs"),
+        (dict(told=ScenesTold(spare=59)), "task.told.spare makes 65 conditioning tokens and the SiT takes 64"),
     ]:
         with pytest.raises(ValueError, match=message):
             build(repae_run(folder, FP32, **changes), start(60))

@@ -68,6 +68,7 @@ class LabelledTaskConfig:
             raise ValueError(f"data.task is {run.data.task}; a labelled decoder learns from labelled pictures")
         if self.align and not self.sit.align_depth:
             raise ValueError("task.align needs a block to look after; give task.sit.align_depth, or set task.align to 0")
+        self.sit.check_tokens(ScenesTold(self.withhold, self.spare).tokens, "task.spare")
         module = LabelledSiT(self.sit, self.align_points if self.align else 0)
         if self.init is not None:
             module.start(self.init)

@@ -67,7 +67,7 @@ class MetaQueryTaskConfig:
         check_buckets(run.data, model.vae.factor * patch)
         builder, data = model.mllm.builder, run.data
         collate = TextToImageCollate(builder, data.image_size, data.dropout, run.seed, data.buckets)
-        loader = loader_for(collate, run, ranks)
+        loader = loader_for(collate, run, ranks, latents=True)
         return MetaQueryTask(
             self, model, head and head.to(ranks.device), engine_for(model, run, ranks), loader, run.seed, ranks
         )

@@ -184,16 +184,15 @@ class RepaeTaskConfig:
         engines = {
             name: engine_for(module, runs.get(name, run), ranks, optims.get(name)) for name, module in modules.items()
         }
-        loader = loader_for(self._collate(modules.get("main"), run), run, ranks)
+        loader = loader_for(self._collate(modules.get("main"), run), run, ranks, latents=True)
         return RepaeTask(self, engines, coder, networks.vae, networks.targets, distance, loader, run, ranks)
 
     def _teller(self, sit: SiTConfig, ranks: Ranks) -> Labels | Bridge:
+        if isinstance(self.told, ScenesTold):
+            sit.check_tokens(self.told.tokens, "task.told.spare")
         if not isinstance(self.told, PromptsTold):
             return Labels(self.told.labels(sit.condition_width))
-        if self.told.queries > sit.condition_tokens:
-            raise ValueError(
-                f"task.told.queries is {self.told.queries} and task.sit.condition_tokens {sit.condition_tokens}; raise that"
-            )
+        sit.check_tokens(self.told.queries, "task.told.queries")
         return self.told.build(sit.condition_width, ranks.device)
 
     def _collate(self, main: nn.Module | None, run: Run) -> LabelledCollate | TextToImageCollate:

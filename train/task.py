@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 
 from data.loader import Collate, Data, Loader
+from data.shards import Shards
 from train.engine import Engine, micro_batch_size
 from train.optim import OptimConfig
 
@@ -97,8 +98,11 @@ def engine_for(module: nn.Module, run: Run, ranks: Ranks, optim: OptimConfig | N
     )
 
 
-def loader_for(collate: Collate, run: Run, ranks: Ranks) -> Loader:
-    """This rank's share of the run's data, one micro-batch at a time. ValueError for buckets where `collate` has none."""
+def loader_for(collate: Collate, run: Run, ranks: Ranks, latents: bool = False) -> Loader:
+    """This rank's share of the run's data, one micro-batch at a time. ValueError for buckets where `collate` has none, and
+    for latents where a task takes none."""
+    if not latents and any(isinstance(source, Shards) and source.latents is not None for source in run.data.sources):
+        raise ValueError("data.sources latents: this task encodes every picture itself; leave them out")
     if run.data.buckets is not None and getattr(collate, "buckets", None) is None:
         raise ValueError(f"data.max_aspect is {run.data.max_aspect}, and this task learns from squares alone; set it to 1")
     batch_size = run.schedule.batch_size

@@ -182,7 +182,7 @@ def official(run: Run, ranks: Ranks) -> MetaQueryTask:
     model.mllm.read = model.mllm.read_full  # pyright: ignore[reportAttributeAccessIssue]
     collate = TextToImageCollate(model.mllm.builder, run.data.image_size, run.data.dropout, run.seed)
     return MetaQueryTask(
-        config, model, None, engine_for(model, run, ranks), loader_for(collate, run, ranks), run.seed, ranks
+        config, model, None, engine_for(model, run, ranks), loader_for(collate, run, ranks, latents=True), run.seed, ranks
     )
 
 

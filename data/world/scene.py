@@ -81,7 +81,16 @@ class Scene:
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "Scene":
-        return Scene(fields["background"], tuple(Object(**thing) for thing in fields["objects"]))
+        """ValueError for an object that is no scene of this world."""
+        try:
+            scene = Scene(fields["background"], tuple(Object(**thing) for thing in fields["objects"]))
+            things = all(t.shape in SHAPES and t.colour in COLOURS and t.size in SIZES for t in scene.objects)
+            known = scene.background in BACKGROUNDS and things
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a label is no scene of the generated world ({error!r})") from error
+        if not known:
+            raise ValueError("a label is no scene of the generated world: it has words that the world does not know")
+        return scene
 
 
 def random_for(*address: object) -> random.Random:
