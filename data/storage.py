@@ -83,7 +83,7 @@ def store_of(url: str) -> Any:
         try:
             _stores[key] = fsspec.filesystem(scheme, **options)
         except ImportError as error:
-            raise ValueError(f"{url} needs a package that is not installed ({error}); pip install '.[remote]'") from error
+            raise ValueError(f"{url} needs a package that is not installed ({error}); pip install -e '.[remote]'") from error
     return _stores[key]
 
 

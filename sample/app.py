@@ -62,7 +62,7 @@ def serving(args: Args) -> Iterator[Any]:
         except ModuleNotFoundError as error:
             if error.name != "gradio":
                 raise
-            raise ValueError("the page needs gradio; pip install '.[app]'") from error
+            raise ValueError("the page needs gradio; pip install -e '.[app]'") from error
         from starlette.middleware import Middleware
 
         from sample.conversations import Conversations

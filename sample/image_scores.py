@@ -64,7 +64,8 @@ def check_inception(weights: Path) -> None:
     try:
         import torch_fidelity  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(f"--inception needs torch-fidelity and torchvision ({error}); pip install '.[fidelity]'") from error
+        problem = f"--inception needs torch-fidelity and torchvision ({error}); pip install -e '.[fidelity]'"
+        raise ValueError(problem) from error
 
 
 def check_alike(files: Sequence[Path]) -> None:

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         from sample.server import serve
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; pip install '.[serve]'") from error
+        raise ValueError(f"{error.name} is not installed; pip install -e '.[serve]'") from error
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while loading; and uvicorn passes it on once it is done
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)

@@ -266,7 +266,9 @@ def test_kubernetes_objects_have_what_their_schema_requires():
         "resourcesPerNode",
         "numProcPerNode",
     }
-    assert job["spec"]["trainer"]["command"][:2] == ["torchrun", "-m"]
+    assert job["spec"]["trainer"]["command"] == [
+        "torchrun", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "-m", "train.run"
+    ]  # fmt: skip
     resources = job["spec"]["trainer"]["resourcesPerNode"]
     assert resources["limits"] == resources["requests"]
 
@@ -278,8 +280,10 @@ def test_kubernetes_objects_have_what_their_schema_requires():
     (container,) = pod["containers"]
     assert replicated["name"] == container["name"] == "node"  # the names by which the trainer finds them
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    (patience,) = [int(each["value"]) for each in job["spec"]["trainer"]["env"]]
-    assert pod["terminationGracePeriodSeconds"] > patience
+    told = {each["name"]: each["value"] for each in job["spec"]["trainer"]["env"]}
+    assert told.keys() == {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "HF_HOME"}
+    assert pod["terminationGracePeriodSeconds"] > int(told["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert told["HF_HOME"].startswith(tuple(mount["mountPath"] for mount in container["volumeMounts"]))
 
 
 def test_skypilot_task_has_fields_and_variables_that_skypilot_knows():

@@ -6,7 +6,6 @@
 Any other command that fails, fails the tour. Servers are started, asked, and stopped.
 """
 
-import json
 import os
 import re
 import shlex
@@ -143,7 +142,7 @@ def tour(folder: Path, only: str = "") -> Iterator[Done]:
 
 
 def copy(folder: Path) -> None:
-    """The checkout as it came, and what the commands expect of a user: a picture, prompts, a folder of pictures."""
+    """The checkout as it came, and what the commands expect of a user: a folder of pictures."""
     from PIL import Image
 
     from data.world.captions import describe
@@ -160,10 +159,6 @@ def copy(folder: Path) -> None:
         picture, words = Image.fromarray(render(scene, 64)), describe(scene, random_for("tour", number)).text
         picture.save(folder / "PICTURES" / f"{number}.jpg", quality=95)
         (folder / "PICTURES" / f"{number}.txt").write_text(words)
-        if number == 0:
-            picture.save(folder / "picture.png")
-    lines = ({"prompt": "a red circle", "seed": 3}, {"prompt": "make it blue", "images": ["picture.png"]})
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def carry_out(planned: Done, folder: Path) -> Done:

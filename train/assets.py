@@ -105,16 +105,21 @@ def report() -> str:
         "Written by `python -m train.assets` (`make assets`) from the files in `logs/`; nothing here is typed by hand. The",
         "shipped weights came about in rounds, each going on from the one before: NAME.1 first, NAME last; what a round",
         "started from may be overwritten since. A setting that is newer than a log takes its default.",
-        "`make assets` trains the same stages in one round each. The last round of `tell_all` began with the mean of",
-        "the two before: `python -m train.checkpoint mean runs/tell_9/release runs/tell_10/release --out runs/tell_mean`.",
+        "`make assets` trains the stages in one round each, `language` and `align` too, which have no log here: `see.1` began",
+        "with an earlier MLLM, whose own is not kept. `tell_all.11` began with the mean of the two before it:",
+        "`python -m train.checkpoint mean runs/tell_9/release runs/tell_10/release --out runs/tell_mean`.",
         "",
         "| stage | command | goes on from | seed | steps | samples | wall time | loss on the way | last metrics |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for stage in STAGES:
-        earlier = sorted((ASSETS / "logs").glob(f"{stage.name}.*.metrics.jsonl"))
+        earlier = sorted((ASSETS / "logs").glob(f"{stage.name}.*.metrics.jsonl"), key=_round)
         lines += [_row(log) for log in (*earlier, ASSETS / "logs" / f"{stage.name}.metrics.jsonl") if log.is_file()]
     return "\n".join(lines) + "\n"
+
+
+def _round(log: Path) -> int:
+    return int(log.name.split(".")[1])
 
 
 def _row(log: Path) -> str:

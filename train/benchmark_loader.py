@@ -7,9 +7,9 @@ same tensors, to two levels, and take turns. Seconds are those of the processor,
 counted; the shards are in the page cache.
 
 A tenth of the samples of `loader.with_bad` cannot be used, each in one of five ways. `loader.decode` is from bytes to an RGB
-array, by every decoder that is installed (`pip install '.[decoders]'`); draft is Pillow's decoding at a half, a quarter or
-an eighth, where that is still no smaller than what is asked for, and changes levels then. `loader.resize` is from an RGB
-image to a tensor.
+array, by every decoder that is installed (`pip install -e '.[decoders]'`); draft is Pillow's decoding at a half, a quarter
+or an eighth, where that is still no smaller than what is asked for, and changes levels then. `loader.resize` is from an
+RGB image to a tensor.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def plot(folder: Path, arms: Sequence[str], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("--plot needs matplotlib; pip install '.[plots]'") from error
+        raise ValueError("--plot needs matplotlib; pip install -e '.[plots]'") from error
     figure = Figure(figsize=(14, 3.6), layout="constrained")
     curves, *bars = figure.subplots(1, 1 + len(SHOWN))
     for number, arm in enumerate(arms):

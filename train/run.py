@@ -102,6 +102,8 @@ def parse(argv: list[str]) -> Run:
     if unknown:
         known = {f"--{key.replace('_', '-')}" for key in leaves(dump_config(run))}
         word = unknown[0].split("=")[0].replace("_", "-")
+        if any(word == each or word.startswith(f"{each}.") for each in known):  # None or another kind of part in this run
+            raise ValueError(f"option {unknown[0]} has no place in {name}: give its part in a config of your own (configs/)")
         raise ValueError(f"unknown option {unknown[0]}{did_you_mean(word, known)}")
     return run
 

@@ -23,7 +23,7 @@ def plot(recipes: Mapping[str, Recipe], args: Args, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("--plot needs matplotlib; pip install '.[plots]'") from error
+        raise ValueError("--plot needs matplotlib; pip install -e '.[plots]'") from error
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     worlds = [args.worlds[0]]
     while worlds[-1] * 2 <= args.worlds[-1]:
