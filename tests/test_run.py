@@ -131,6 +131,7 @@ def test_the_loss_falls(straight):
     [
         (["metaquery.tinny"], "unknown run metaquery.tinny; did you mean metaquery.tiny?"),
         (["--optim.lrr", "3e-4"], "unknown option --optim.lrr; did you mean --optim.lr?"),
+        (["--task.model.noise.shift.x", "3"], "option --task.model.noise.shift.x has no place in metaquery.tiny"),
         (["--schedule.batch_sise=4"], "unknown option --schedule.batch_sise=4; did you mean --schedule.batch-size?"),
         (["--task.model.decoder.sit.widht", "4"], "did you mean --task.model.decoder.sit.width?"),
         (["--optim.lr", "fast"], "could not convert string to float"),
