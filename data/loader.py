@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.buckets import Buckets
 from data.dropout import Dropout
-from data.order import BucketedOrder, Order, Place
+from data.order import BucketedOrder, Order, Place, quotas
 from data.pools import Pool, pools_of
 from data.quality import MAX_BAD_IN_A_ROW, Quality
 from data.records import DRAWN, BadSample, Record, Task, to_record
@@ -158,10 +158,10 @@ class _Batches(Positions[_Fetched]):
         lengths = [[len(pool) for pool in pools] for pools in by_source]
         if buckets is None:
             self._order = Order([length for (length,) in lengths], weights, seed)
-            self._identity = (seed, weights)
+            self._identity = (seed, quotas(weights))
         else:
             self._order = BucketedOrder(lengths, weights, seed, batch_size)
-            self._identity = (seed, weights, buckets, batch_size)
+            self._identity = (seed, quotas(weights), buckets, batch_size)
 
     def __iter__(self) -> Iterator[_Fetched]:
         self.begin(self.samples)

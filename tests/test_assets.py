@@ -1,7 +1,16 @@
 """The stages that rebuild the shipped weights, and the page that tells of them."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
+from model.assets import ROOT
+from tests import tiny
+from tests.two_ranks import tiny_run
 from train.assets import ASSETS, STAGES, main, parts, report
 from train.run import named
 
@@ -30,6 +39,28 @@ def test_a_round_that_goes_on_within_a_run_counts_its_own_steps():
     steps, samples, minutes = row.split(" | ")[4:7]
     assert (steps, samples) == ("1381", str(1381 * 128))
     assert 0 < int(minutes.removesuffix(" min")) < 60
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stage_that_is_stopped_saves_first(number, tmp_path):
+    """SIGTERM comes to the command alone, Ctrl-C to all that a terminal runs."""
+    tiny.metaquery_config(tmp_path)
+    words = [*tiny_run(tmp_path, tmp_path / "run"), "--schedule.steps", "100000"]
+    code = f"import sys, sample.cli, train.child\nwords = {words!r}\n"
+    code += "sys.exit(sample.cli.run(lambda argv: train.child.child('train.run', *words, remedy='again')))"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True) as command:
+        end = time.monotonic() + 300
+        while not (tmp_path / "run" / "metrics.jsonl").is_file() or not (tmp_path / "run" / "metrics.jsonl").stat().st_size:
+            assert time.monotonic() < end
+            assert command.poll() is None
+            time.sleep(0.1)
+        if number == signal.SIGINT:
+            os.killpg(command.pid, number)
+        else:
+            command.send_signal(number)
+        assert command.wait(300) in (2, 130)
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert '"stopped"' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_an_unknown_stage_is_refused():

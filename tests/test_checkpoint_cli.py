@@ -46,6 +46,16 @@ def test_the_last_checkpoint_exports_to_the_runs_own_release(trained, tmp_path):
     assert any(not torch.equal(tensor, theirs[name]) for name, tensor in earlier.items())
 
 
+def test_queries_that_stay_as_they_were_drawn_are_drawn_again(trained, tmp_path):
+    options = ["--task.model.no-learned-queries", "--seed", "3", "--schedule.steps", "1"]
+    training.main([*tiny_run(trained.parent, tmp_path / "run"), *options])
+    (path,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    torch.manual_seed(0)
+    main(["export", str(path), "--out", str(tmp_path / "release")])
+    ours, theirs = (store.load(folder).state_dict() for folder in (tmp_path / "release", tmp_path / "run" / "release"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
 def test_the_mean_of_two_releases_lies_in_the_middle(trained, tmp_path, capsys):
     main(["export", str(trained / "checkpoints" / "step-00000003"), "--out", str(tmp_path / "earlier")])
     both = [str(tmp_path / "earlier"), str(trained / "release")]

@@ -21,7 +21,8 @@ def test_window_means_and_empties():
     window = Window()
     for value in (1.0, 2.0, 6.0):
         window.add({"loss": torch.tensor(value), "other": torch.tensor(-value)})
-    assert window.means(ALONE) == {"loss": 3.0, "other": -3.0}
+    window.add({"loss": torch.tensor(7.0), "new": torch.tensor(5.0)})  # scalars come and go
+    assert window.means(ALONE) == {"loss": 4.0, "new": 5.0, "other": -3.0}
     assert window.means(ALONE) == {}
 
 

@@ -227,7 +227,8 @@ def pooled(folder):
     connector = ConnectorConfig(layers=1, looks=True)
     model = tiny.metaquery_config(folder / "pooled", decoder=decoder, queries=8, connector=connector)
     data = Data(sources=(World(),), image_size=16)
-    return Run("pool", TellTaskConfig(model, pool=8), data, SHORT, OptimConfig(lr=3e-3, warmup_steps=0), engine=FP32)
+    optim, out = OptimConfig(lr=3e-3, warmup_steps=0), folder / "pool"
+    return Run("pool", TellTaskConfig(model, pool=8), data, SHORT, optim, engine=FP32, out=out)
 
 
 def test_a_pool_is_read_once_and_told_again(pooled):
@@ -242,6 +243,19 @@ def test_a_pool_is_read_once_and_told_again(pooled):
     torch.testing.assert_close(task.engine(batches[0].asked), task.engine(anew.asked))
     assert task.model.queries is not None
     assert not task.model.queries.vectors.requires_grad
+    started = replace(pooled.task, init=pooled.folder / "release")
+    store.save(pooled.folder / "release", task.model)
+    frozen = started.build(pooled, ranks).frozen()
+    assert started.build(pooled, ranks).frozen() == frozen
+    with torch.no_grad():
+        task.model.queries.vectors += 1
+    store.save(pooled.folder / "release", task.model)
+    other = started.build(pooled, ranks).frozen()
+    assert [name for name in frozen if other[name] != frozen[name]] == ["start (task.init)"]
+    unlearned = replace(pooled.task, pool=0, model=replace(pooled.task.model, learned_queries=False))
+    queries = unlearned.build(pooled, ranks).model.queries
+    assert queries is not None
+    assert not queries.vectors.requires_grad
     with pytest.raises(ValueError, match=r"task\.pool is 7"):
         replace(pooled.task, pool=7).build(pooled, ranks)
     with pytest.raises(ValueError, match=r"task\.passes is 2"):

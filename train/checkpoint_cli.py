@@ -118,6 +118,7 @@ def export(path: Path, out: Path) -> None:
     manifest = checkpoint.verify(path)
     run = parse_config(Run, manifest.config, path / "manifest.json")
     ranks = start(run.engine.timeout_seconds)
+    torch.manual_seed(run.seed)  # as the run itself: what is drawn and stays as it was drawn is in no checkpoint
     task = run.task.build(run, ranks)
     checkpoint.load(path, task.engines, ranks)
     checkpoint.check_frozen(path, manifest, task.frozen())

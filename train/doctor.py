@@ -186,7 +186,12 @@ def _source(source: World | Shards, run: Run) -> str:
 
 def step(run: Run, ranks: Ranks) -> Finding:
     """Builds the task, reads a batch and takes one optimizer step; what that takes, and what a checkpoint will."""
-    task: Any = run.task.build(run, ranks)
+    aside = run.folder.with_name(f".{run.folder.name}.{ranks.share(uuid.uuid4().hex[:8])}.doctor")  # for a fresh MLLM
+    try:
+        task: Any = run.task.build(replace(run, out=aside), ranks)
+    finally:
+        if ranks.first:
+            shutil.rmtree(aside, ignore_errors=True)
     batches = task.batches(0)
     began = time.perf_counter()
     held = [next(batches) for _ in range(run.schedule.accumulation)]
@@ -196,8 +201,10 @@ def step(run: Run, ranks: Ranks) -> Finding:
     seconds = time.perf_counter() - began - read
     objection = next((e.last.objection for e in task.engines.values() if e.last and e.last.objection), None)
     size = 4 * len(KINDS) * sum(prod(shape) for e in task.engines.values() for shape in e.shapes().values())
-    there = len(checkpoint.held(run.folder / "checkpoints"))
-    more = size * max(1, run.schedule.keep + 1 - there)  # a new one is whole before an old one goes
+    there, schedule = len(checkpoint.held(run.folder / "checkpoints")), run.schedule
+    for_good = schedule.steps // schedule.keep_every if schedule.keep_every else 0
+    wanted = schedule.keep + for_good + bool(schedule.keep_best) + 1  # a new one is whole before an old one goes
+    more = size * max(1, wanted - there)
     free = shutil.disk_usage(_existing(run.folder.absolute())).free
     memory = ""
     if ranks.device.type == "cuda":
@@ -209,7 +216,8 @@ def step(run: Run, ranks: Ranks) -> Finding:
     )
     if objection:
         return Finding(said, f"the first step is refused: {objection}; look at the data and the starting weights")
-    full = f"the disk has {free / 1e9:,.2f} GB free; make room" + ", or lower schedule.keep" * (more > size)
+    fewer = ", or lower schedule.keep, or raise keep_every" * (more > size)
+    full = f"the disk has {free / 1e9:,.2f} GB free; make room{fewer}"
     return Finding(said, full if free < more else None)
 
 

@@ -100,7 +100,7 @@ def fit(
     root = folder / "checkpoints"
     keep = checkpoint.Keep(schedule.keep, schedule.keep_every, schedule.keep_best, lowest=schedule.best_is == "lowest")
     with ExitStack() as held:
-        held.enter_context(_held(folder, ranks))  # before looking for a checkpoint: who trains there may write another
+        held.enter_context(alone_in(folder, ranks))  # before looking for a checkpoint: who trains there may write another
         step, samples, skipped, changed = _resume(task, folder, resume, config, frozen, allow_change, ranks)
         log = held.enter_context(Metrics(folder, metrics, ranks, first_step=step, steps=schedule.steps, settings=config))
         interrupted = held.enter_context(interruptible()) if interrupted is None else interrupted
@@ -130,10 +130,10 @@ def fit(
         batches = task.batches(samples)
         clock = _Clock()
         window = Window()
+        held.enter_context(_workers_named(dog))
         while step < schedule.steps:
             dog.where = f"step {step + 1}, samples {samples} to {samples + schedule.batch_size - 1}"
-            with _workers_named(dog.where):
-                _step(task, batches, window, clock, dog, schedule.accumulation, seed, step, ranks)
+            _step(task, batches, window, clock, dog, schedule.accumulation, seed, step, ranks)
             why = refusals(task, log, step + 1, samples, schedule.batch_size)
             step, samples = step + 1, samples + schedule.batch_size
             if why:
@@ -176,7 +176,7 @@ def fit(
 
 
 @contextmanager
-def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
+def alone_in(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Nobody else trains in `folder` meanwhile: two that write one run would mix their steps. Raises ValueError, on every
     rank, when another process does, or the folder cannot be written. The system lets go of it however this process ends;
     a file system without locks is taken as it is."""
@@ -255,7 +255,7 @@ def _step(
 
 
 @contextmanager
-def _workers_named(where: str) -> Iterator[None]:
+def _workers_named(dog: Watchdog) -> Iterator[None]:
     """ValueError when the system has ended a worker of the loader: torch raises that from a signal, wherever training is."""
     try:
         yield
@@ -263,7 +263,7 @@ def _workers_named(where: str) -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise ValueError(
-            f"a process of data.workers was ended from outside at {where} ({str(error).splitlines()[0].strip()}); "
+            f"a process of data.workers was ended from outside at {dog.where} ({str(error).splitlines()[0].strip()}); "
             "if memory ran out, lower data.workers; run again to go on from the last checkpoint"
         ) from error
 

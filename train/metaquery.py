@@ -66,6 +66,7 @@ class MetaQueryTaskConfig:
         patch = model.decoder.sit.config.patch if isinstance(model.decoder, SiTDecoder) else 1
         check_buckets(run.data, model.vae.factor * patch)
         builder, data = model.mllm.builder, run.data
+        self.preview.check(builder)
         collate = TextToImageCollate(builder, data.image_size, data.dropout, run.seed, data.buckets)
         loader = loader_for(collate, run, ranks, latents=True)
         return MetaQueryTask(

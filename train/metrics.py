@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,23 +43,23 @@ class Window:
     """Sums of a task's scalars since the last line, on their device: adding never waits for it."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
-    count: int = 0
+    counts: Counter[str] = field(default_factory=Counter)  # some scalars come and go
 
     def add(self, scalars: Mapping[str, Tensor]) -> None:
         """Take in the scalars of one micro-batch."""
         for name, value in scalars.items():
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
+            self.counts[name] += 1
 
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Means over the window and all ranks; empties the window. Every rank calls it."""
-        names = sorted(self.sums)
-        values: list[float] = []
+        names, counts = sorted(self.sums), self.counts
+        sums: list[float] = []
         if names:
-            values = (ranks.sum(torch.stack([self.sums[name] for name in names])) / (self.count * ranks.world)).tolist()
-        self.sums, self.count = {}, 0
-        return dict(zip(names, values, strict=True))
+            sums = ranks.sum(torch.stack([self.sums[name] for name in names])).tolist()
+        self.sums, self.counts = {}, Counter()
+        return {name: total / (counts[name] * ranks.world) for name, total in zip(names, sums, strict=True)}
 
 
 class Metrics:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from model.files import write_whole
 from model.metaquery import MetaQuery
+from model.prefix import PrefixBuilder
 from sample.grid import Cell, Row, sheet
 from sample.pipeline import Pipeline
 from sample.settings import Drawing, Guidance
@@ -23,11 +24,28 @@ class PreviewConfig:
     steps: int = 20
     guidance: float = 3.0
 
+    def __post_init__(self) -> None:
+        try:
+            self.drawing()
+        except ValueError as error:
+            raise ValueError(f"task.preview.{error}") from error
+
+    def drawing(self) -> Drawing:
+        """How each is drawn."""
+        return Drawing(self.steps, Guidance(self.guidance))
+
+    def check(self, builder: PrefixBuilder) -> None:
+        """ValueError for a prompt that the MLLM cannot read: before a run, and not at its first preview."""
+        for prompt in self.prompts:
+            try:
+                builder.draw([prompt])
+            except ValueError as error:
+                raise ValueError(f"task.preview.prompts: {error}") from error
+
 
 def draw_preview(model: MetaQuery, config: PreviewConfig, path: Path) -> None:
     """Write the sheet of all prompts to `path`, a PNG."""
     seeds = range(config.seed, config.seed + len(config.prompts))
-    drawing = Drawing(config.steps, Guidance(config.guidance))
-    pictures = Pipeline(model)(config.prompts, seeds, drawing)
+    pictures = Pipeline(model)(config.prompts, seeds, config.drawing())
     rows = [Row(prompt, (Cell(picture),)) for prompt, picture in zip(config.prompts, pictures, strict=True)]
     write_whole(path, lambda part: sheet(rows).save(part, format="PNG"))

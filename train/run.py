@@ -114,7 +114,9 @@ def read(path: Path) -> Run:
 
 
 def leaves(values: Any, prefix: str = "") -> list[str]:
-    """The dotted names of all settings in a run's JSON."""
+    """The dotted names of all settings in a run's JSON; parts of a list by their place."""
+    if isinstance(values, list) and values and isinstance(values[0], dict):
+        values = {str(place): value for place, value in enumerate(values)}
     if isinstance(values, dict) and values:
         return [name for key, value in values.items() for name in leaves(value, f"{prefix}{key}.")]
     return [prefix.removesuffix(".")]

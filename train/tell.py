@@ -37,6 +37,7 @@ from data.world.labels import (
     nothing,
 )
 from data.world.wanted import Wanted, laid_out
+from model.assets import fingerprint
 from model.labels import UNKNOWN, Labels, load_labels
 from model.metaquery import Bridge, Heard, MetaQuery, MetaQueryConfig, build
 from model.prefix import Prefix, PrefixBuilder
@@ -95,6 +96,7 @@ class TellTaskConfig:
         labels = load_labels(self.model.decoder.path).to(ranks.device)
         size = micro_batch_size(run.schedule.batch_size, run.schedule.accumulation, ranks.world)
         rows = range(ranks.rank, size * ranks.world, ranks.world)
+        self.preview.check(model.mllm.builder)
         asks = Asks(world, self.mix, model.mllm.builder, run.data, run.seed, rows)
         assert model.queries is not None
         if self.pool % run.schedule.batch_size:
@@ -103,9 +105,10 @@ class TellTaskConfig:
             )
         if self.passes < 0 or (self.passes and not self.pool):
             raise ValueError(f"task.passes is {self.passes}; give 0 or more, and a task.pool to pass over")
-        model.queries.requires_grad_(not self.pool)
+        model.queries.requires_grad_(self.model.learned_queries and not self.pool)
         bridge = Bridge(model.mllm, model.queries, model.connector)
-        return TellTask(self, model, labels, engine_for(bridge, run, ranks), asks, ranks)
+        rest = own_rest(model, bridge) if ranks.first else ""  # before an engine rounds or parts anything
+        return TellTask(self, model, labels, engine_for(bridge, run, ranks), asks, rest, ranks)
 
 
 class ToldBatch(NamedTuple):
@@ -146,15 +149,26 @@ class TellTask(BridgeTask):
     the start."""
 
     def __init__(
-        self, config: TellTaskConfig, model: MetaQuery, labels: Labels, engine: Engine, asks: Asks, ranks: Ranks
+        self,
+        config: TellTaskConfig,
+        model: MetaQuery,
+        labels: Labels,
+        engine: Engine,
+        asks: Asks,
+        rest: str,
+        ranks: Ranks,
     ) -> None:
         self.config, self.model, self.labels, self.engine = config, model, labels, engine
-        self.asks, self.previews, self.ranks = asks, config.preview, ranks
+        self.asks, self.previews, self.rest, self.ranks = asks, config.preview, rest, ranks
         words, places = (torch.from_numpy(part) for part in absent(config.model.queries - TOLD))
         with torch.no_grad():
             self.spare = labels(words[None].to(ranks.device), places[None].to(ranks.device))  # [1, Q - TOLD, C]
             self.reading = config.legible**0.5 * reading_of(self.labels) if config.legible else None
         self.engines = {"main": engine}
+
+    def frozen(self) -> dict[str, str]:
+        """What a bridge reads, and what is of the start in a release: the queries, where they stay, and a decoder's part."""
+        return {**super().frozen(), "start (task.init)": self.rest}
 
     def batches(self, samples: int) -> Iterator[ToldBatch]:
         """This rank's share, on the CPU."""
@@ -204,6 +218,13 @@ class TellTask(BridgeTask):
         """The error of each kind that is asked: its sum over the number that is to be expected, which no batch lacks."""
         shares = {kind: share for kind in KINDS if (share := self.config.mix.share(kind)) > 0}
         return {f"off_{kind}": (off * (kinds == KINDS.index(kind))).mean() / share for kind, share in shares.items()}
+
+
+def own_rest(model: MetaQuery, bridge: Bridge) -> str:
+    """sha256 over what a release of `model` holds and `bridge` does not train."""
+    trained = {id(parameter) for parameter in bridge.parameters() if parameter.requires_grad}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in trained}
+    return fingerprint({name: tensor for name, tensor in model.own_tensors().items() if name not in names})
 
 
 def told_errors(

@@ -34,6 +34,7 @@ from model.vision import batch_equal_pictures
 from sample.measures import show, write_json
 from sample.world_answers import MEASURES, exams, understanding
 from train.engine import Engine, micro_batch_size
+from train.loop import alone_in
 from train.ranks import Ranks
 from train.see import places, through_noise
 from train.talk import GroupCollate, Talk, only_world, training_text
@@ -108,17 +109,20 @@ class UnderstandConfig:
             return found
         folder, recipe = run.folder / "fresh", json.dumps(dump_config(self.fresh) | {"text": self.text_conversations})
         note = run.folder / "fresh.json"
-        problem = None
-        if ranks.first and not (folder.is_dir() and note.is_file() and note.read_text() == recipe):
-            try:
-                if note.is_file() and any((run.folder / "checkpoints").glob("step-*")):
-                    raise ValueError(f"{folder} was made by other settings, which checkpoints are of; give another --out")
-                make(folder, self.fresh, training_text(self.text_conversations))
-                note.write_text(recipe)
-            except (ValueError, OSError) as error:
-                problem = str(error)
-        if problem := ranks.share(problem):
-            raise ValueError(f"task.fresh: {problem}")
+        with alone_in(run.folder, ranks):  # another run may train there, from its own
+            problem = None
+            if ranks.first and not (folder.is_dir() and note.is_file() and note.read_text() == recipe):
+                try:
+                    if note.is_file() and any((run.folder / "checkpoints").glob("step-*")):
+                        raise ValueError(
+                            f"{folder} was made by other settings, which checkpoints are of; give another --out"
+                        )
+                    make(folder, self.fresh, training_text(self.text_conversations))
+                    note.write_text(recipe)
+                except (ValueError, OSError) as error:
+                    problem = str(error)
+            if problem := ranks.share(problem):
+                raise ValueError(f"task.fresh: {problem}")
         return folder
 
 

@@ -42,6 +42,7 @@ SPLITS = ("train", "val", "pairs", "counts")
 """`train`; `val`: unseen scenes of the same kind; `pairs`: every scene holds a held-out pair; `counts`: five objects."""
 
 GAP = 0.03  # least distance between two objects and to the border, as a fraction of the canvas
+NO_SCENE = "data.sources: a label is no scene of the generated world; give shards of data.world, or class numbers"
 RELATION_DISTANCE = 0.2  # centres nearer than this on an axis stand in no clear relation along it
 
 
@@ -87,9 +88,9 @@ class Scene:
             things = all(t.shape in SHAPES and t.colour in COLOURS and t.size in SIZES for t in scene.objects)
             known = scene.background in BACKGROUNDS and things
         except (KeyError, TypeError) as error:
-            raise ValueError(f"a label is no scene of the generated world ({error!r})") from error
+            raise ValueError(f"{NO_SCENE} ({error!r})") from error
         if not known:
-            raise ValueError("a label is no scene of the generated world: it has words that the world does not know")
+            raise ValueError(f"{NO_SCENE} (it has words that the world does not know)")
         return scene
 
 
