@@ -152,9 +152,11 @@ def gallery(seen, number: int) -> list[PngImageFile]:
 
 def draw(seen, prompt: str, count: int = 1, seed: int = 0) -> None:
     seen.get_by_role("tab", name="Draw").click()
-    seen.get_by_label("Prompt").fill(prompt)
-    slide(seen, "Pictures", count)
-    seen.get_by_role("spinbutton", name="Seed").first.fill(str(seed))
+    slide(seen, "Pictures", count)  # first: then the page is heard
+    fields = seen.get_by_label("Prompt"), seen.get_by_role("spinbutton", name="Seed").first
+    for field, value in zip(fields, (prompt, str(seed)), strict=True):
+        field.fill(value)
+        expect(field).to_have_value(value)
     seen.click("#draw")
 
 

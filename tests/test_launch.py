@@ -194,7 +194,7 @@ def test_slurm_queues_again_what_was_saved_and_nothing_else(code, requests, tmp_
 def test_slurm_warns_the_ranks_save_and_the_job_ends_when_it_is_run_again(tmp_path):
     """The real training on two ranks; what SLURM does is sent by hand."""
     folder, out = tmp_path / "stand-ins", tmp_path / "out"
-    words = ["metaquery.tiny", "--out", str(out), "--schedule.steps", "40", "--schedule.save-every", "5"]
+    words = ["metaquery.tiny", "--out", str(out), "--schedule.steps", "120", "--schedule.save-every", "5"]
     process = slurm(folder, *words)
     deadline = time.monotonic() + 300
     while not list(out.glob("checkpoints/step-*")) and process.poll() is None and time.monotonic() < deadline:
@@ -204,12 +204,12 @@ def test_slurm_warns_the_ranks_save_and_the_job_ends_when_it_is_run_again(tmp_pa
     assert "stopped, signal SIGUSR1" in finished(process, SAVED_AND_STOPPED)
     assert len(requeued(folder)) == 1
     saved = max(path.name for path in out.glob("checkpoints/step-*"))
-    assert saved < "step-00000040"
+    assert saved < "step-00000120"
 
     output = finished(slurm(folder, *words))
-    assert f"from step {int(saved.removeprefix('step-'))} to 40" in " ".join(output.split())
+    assert f"from step {int(saved.removeprefix('step-'))} to 120" in " ".join(output.split())
     assert len(requeued(folder)) == 1
-    assert len(losses(out)) == 40
+    assert len(losses(out)) == 120
     assert (out / "release").is_dir()
 
 

@@ -27,16 +27,16 @@ class Hanging(Toy):
 
 ranks = start(60)
 fit(Hanging(ranks, CONFIG), SCHEDULE, seed=0, folder=Path(sys.argv[1]), config={}, resume="auto", metrics=MetricsConfig(),
-    ranks=ranks, watch=WatchConfig(step_seconds=3))
+    ranks=ranks, watch=WatchConfig(step_seconds=20))
 """
 
 
 def test_a_step_that_hangs_ends_the_run_and_says_where(tmp_path):
     """Long before the step would end; the checkpoint before it stays."""
     command = [sys.executable, "-c", HANGS, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == HUNG, done.stderr[-2000:]
-    assert "rank 0 hangs: a step (watch.step_seconds) has taken over 3 s at step 4, samples 24 to 31" in done.stderr
+    assert "rank 0 hangs: a step (watch.step_seconds) has taken over 20 s at step 4, samples 24 to 31" in done.stderr
     assert "in step" in done.stderr  # the stack that hangs
     assert (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").is_file()
 

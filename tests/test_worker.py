@@ -37,12 +37,12 @@ class Held:
     def __init__(self, worker):
         self.begun, self.go, self.pieces = threading.Event(), threading.Event(), 0
         self.future = worker.answer(question("hold"), self.hear)
-        assert self.begun.wait(10)
+        assert self.begun.wait(60)
 
     def hear(self, _):
         self.pieces += 1
         self.begun.set()
-        assert self.go.wait(10)
+        assert self.go.wait(60)
 
 
 def question(text, tokens=6, **options):

@@ -67,7 +67,7 @@ def repae_run(folder: Path, engine: EngineConfig, accumulation: int = 1, **chang
         task=RepaeTaskConfig(**(task | changes)),
         data=Data(sources=(World(seed=5),), task="labelled", image_size=16, workers=0),
         schedule=Schedule(steps=STEPS, batch_size=BATCH, accumulation=accumulation, save_every=2),
-        optim=OptimConfig(lr=3e-3, betas=(0.9, 0.99), eps=1e-4, weight_decay=0.01, warmup_steps=2),
+        optim=OptimConfig(lr=3e-3, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.01, warmup_steps=2),
         engine=engine,
         seed=3,
     )

@@ -55,7 +55,7 @@ class Row:
 ENTERED: dict[str, Row] = {}
 """By the catalogue's number, as modules of rows are imported."""
 
-LIMIT_SECONDS = 300.0
+LIMIT_SECONDS = 1200.0
 """After which a row is given up."""
 
 
