@@ -128,14 +128,15 @@ def test_a_plan_is_printed_as_it_is(folder, monkeypatch, capsys, tmp_path):
 
 
 def test_a_session_draws_without_gradients(folder):
-    class Recorded(Pipeline):
-        def __call__(self, asked, *rest):
-            self.asked = asked
-            return super().__call__(asked, *rest)
+    asked = []
 
-    pipeline = Recorded.from_release(folder / "release")
-    Session(pipeline).draw("a star", drawing=Drawing(steps=1))
-    assert not pipeline.asked[0].condition.requires_grad
+    class Recorded(Pipeline):
+        def __call__(self, given, *rest):
+            asked.extend(given)
+            return super().__call__(given, *rest)
+
+    Session(Recorded.from_release(folder / "release")).draw("a star", drawing=Drawing(steps=1))
+    assert not asked[0].condition.requires_grad
 
 
 @pytest.mark.parametrize("arguments", [["--once", "--json", " "], [""], ["--once"]])

@@ -196,7 +196,7 @@ def test_the_command_prints_writes_and_repeats_itself(release, tmp_path, capsys)
 def pictures(page):
     """The pictures [N, H, W, 3] of an HTML page."""
     encoded = [each.split('"')[0] for each in page.read_text().split("data:image/png;base64,")[1:]]
-    return np.stack([Image.open(io.BytesIO(base64.b64decode(each))) for each in encoded]).astype(int)
+    return np.stack([np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))) for each in encoded]).astype(int)
 
 
 def test_drawings_may_be_planned_first(tmp_path):
@@ -206,11 +206,11 @@ def test_drawings_may_be_planned_first(tmp_path):
     command = f"world --release {release} --n 1 --images 0 --steps 1 --think --html {page}"
     assert run(evaluate.main, command.split()) == 0
     pipeline, texts = Pipeline.from_release(release), [asked.text for asked in suite(0, "val", 1)]
-    planned = [
-        Session(pipeline).draw(text, seed=seed, drawing=Drawing(steps=1), think=True) for seed, text in enumerate(texts)
-    ]
-    assert np.abs(pictures(page) - np.stack(planned)).max() <= 1
-    assert np.abs(pictures(page) - np.stack(pipeline(texts, range(len(texts)), Drawing(steps=1)))).max() > 1
+    once = Drawing(steps=1)
+    planned = [Session(pipeline).draw(text, seed=seed, drawing=once, think=True) for seed, text in enumerate(texts)]
+    assert np.abs(pictures(page) - np.stack([*map(np.asarray, planned)])).max() <= 1
+    plain = pipeline(texts, range(len(texts)), once)
+    assert np.abs(pictures(page) - np.stack([*map(np.asarray, plain)])).max() > 1
 
 
 def test_mistakes_exit_with_two_and_write_nothing(release, tmp_path, capsys):

@@ -104,16 +104,14 @@ def by_edit(edit: Edit) -> Wanted:
     links: tuple[tuple[int, str, int], ...] = ()
     if edit.kind == "add" or edit.link is not None:
         number, new = next((number, thing) for number, thing in enumerate(after) if thing not in before)
-        said = edit.said or Group(1, *new.look)
+        said = edit.said or Group(1, *map(_clear, new.look))
         how, anchor = edit.link or (None, None)
         right = _spots(new, said.size, edit, how, anchor) or ((new.x, new.y, 0.0),)
-        words = map(_clear, (said.colour, said.shape, said.size))
-        things[number] = Thing(*words, place=right[0], spots=right)
+        things[number] = Thing(said.colour, said.shape, said.size, right[0], spots=right)
         if how is not None and anchor is not None:
             links = ((number, how, after.index(anchor)),)
-    return Wanted(
-        _clear(edit.after.background), tuple(things), links, tuple(thing for thing in before if thing not in after)
-    )
+    gone = tuple(thing for thing in before if thing not in after)
+    return Wanted(_clear(edit.after.background), tuple(things), links, gone)
 
 
 def _spots(new: Object, size: str | None, edit: Edit, how: str | None, anchor: Object | None) -> tuple[Place, ...]:
@@ -140,7 +138,8 @@ def _near(thing: Object) -> list[Object]:
 
 
 def _exactly(thing: Object, kept: bool) -> Thing:
-    return Thing(*map(_clear, thing.look), (thing.x, thing.y, 0.0), kept)
+    colour, shape, size = map(_clear, thing.look)
+    return Thing(colour, shape, size, (thing.x, thing.y, 0.0), kept)
 
 
 def _clear(word: str | None) -> str | None:
