@@ -98,7 +98,7 @@ def tell_all() -> Run:
     return replace(
         run,
         name="tell_all",
-        task=replace(run.task, model=model, mix=MIX, pool=30720, passes=3, legible=1.0, ground=6.0),
+        task=replace(run.task, model=model, mix=MIX, pool=30720, passes=3, legible=1.0, layout=True, ground=6.0),
         data=replace(run.data, dropout=Dropout(text=0.05, image=0.0, both=0.02), workers=2),
         schedule=replace(run.schedule, steps=9000, batch_size=128, log_every=20),
         optim=replace(run.optim, lr=8e-4, floor=0.02),

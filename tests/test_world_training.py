@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -15,6 +16,7 @@ from configs import world
 from data.loader import Data, World
 from data.world.asks import Mix
 from data.world.labels import GROUNDS, KINDS_OF_WORDS, nothing
+from data.world.wanted import LOOSE
 from model import store
 from model.connector import ConnectorConfig
 from model.decoder import SiTDecoderConfig, load_sit
@@ -243,6 +245,16 @@ def test_a_pool_is_read_once_and_told_again(pooled):
     torch.testing.assert_close(task.engine(batches[0].asked), task.engine(anew.asked))
     assert task.model.queries is not None
     assert not task.model.queries.vectors.requires_grad
+    captions = replace(pooled.task, mix=Mix(caption=1.0, edit=0.0, reconstruct=0.0, subject=0.0), layout=True, pool=0)
+    spoken = replace(captions, layout=False).build(pooled, ranks).batches(0)
+    loose: set[int] = set()  # how many things have a place
+    for laid, plain in itertools.islice(zip(captions.build(pooled, ranks).batches(0), spoken, strict=True), 6):
+        loose |= {int((row == np.float32(LOOSE)).sum()) for row in laid.places[:, 1:, 2].numpy()}
+        assert torch.equal(laid.words, plain.words)
+        assert not (plain.places[..., 2] == LOOSE).any()
+    assert 0 in loose
+    assert {2, 3, 4} & loose
+    assert 1 not in loose
     started = replace(pooled.task, init=pooled.folder / "release")
     store.save(pooled.folder / "release", task.model)
     frozen = started.build(pooled, ranks).frozen()

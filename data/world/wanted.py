@@ -78,7 +78,8 @@ def by_caption(caption: Caption) -> Wanted:
 
 
 def laid_out(wanted: Wanted) -> Wanted:
-    """The same with a place for each of several things whose places words leave open, links obeyed; else as it is."""
+    """The same with a place for each of several things whose places words leave open, links obeyed; else as it is. A bridge
+    tells it so (`TellTaskConfig.layout`); a decoder learns what words say and no more."""
     things = wanted.things
     if len(things) not in LAYOUTS or any(thing.place[2] == 0 for thing in things):
         return wanted
