@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from data.transforms import decode_image, to_rgb
+from data.transforms import to_rgb
 from model.assets import fingerprint, tensors_of
 from model.hub import Source, fetched, weights
 from sample.drawn import read_about
+from sample.image_scores import picture_at
 from sample.measures import Measure, mean
 from sample.progress import Watch
 from sample.prompts import lines_of
@@ -59,16 +59,9 @@ def score(
     found: list[float] = []
     for start in watch(range(0, len(files), batch_size)):
         batch = slice(start, start + batch_size)
-        found += clip.cosines([_picture(path) for path in files[batch]], prompts[batch]).tolist()
+        found += clip.cosines([to_rgb(picture_at(path)) for path in files[batch]], prompts[batch]).tolist()
     cut = Measure(clip.cut(prompts) / len(files), n=len(files), unit="share")
     return {"images.clip_score": mean([100 * max(cosine, 0) for cosine in found]), "images.clip_cut_prompts": cut}
-
-
-def _picture(path: Path) -> Image.Image:
-    try:
-        return to_rgb(decode_image(path.read_bytes()))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; remove it") from error
 
 
 def prompts_of(files: Sequence[Path], folder: Path, listed: Path | None) -> list[str]:

@@ -110,12 +110,14 @@ def by_inception(
     return {name: Measure(float(found[key]), n=len(pictures_in(drawn))) for name, key in names.items() if key in found}
 
 
+def picture_at(path: Path) -> Image.Image:
+    """The picture of a file, whole. ValueError, which names it, for a file that is none."""
+    try:
+        return decode_image(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; remove it") from error
+
+
 def _pixels(files: list[Path], size: int) -> Tensor:
     """[B, 3, H, W]. Raises ValueError for a file that is no picture."""
-    pixels = []
-    for path in files:
-        try:
-            pixels.append(to_tensor(resize_and_crop(decode_image(path.read_bytes()), size)))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; remove it") from error
-    return torch.stack(pixels)
+    return torch.stack([to_tensor(resize_and_crop(picture_at(path), size)) for path in files])
