@@ -4,6 +4,7 @@ A collate is built once with what it needs and called with (records, sample numb
 come back: noise, time and condition dropping are drawn from them. Letters: B batch, P prefix tokens, H W pixels.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from data.address import uniform
 from data.buckets import Buckets
 from data.dropout import Dropout, drop
 from data.records import BadSample, Conversation, Edit, Labelled, TextToImage
-from data.transforms import resize_and_crop, to_tensor
+from data.transforms import resize_and_crop, unit
 from data.world.dense import points_of
 from model.prefix import Prefix, PrefixBuilder
 
@@ -30,14 +31,20 @@ class T2IBatch:
 
     index: torch.Tensor  # [B] long, global sample numbers
     prefix: Prefix
-    pixels: torch.Tensor | None  # [B, 3, H, W] in [-1, 1]; None: the latents are known
+    levels: torch.Tensor | None  # [B, 3, H, W] uint8; None: the latents are known
     scenes: tuple[dict[str, Any] | None, ...]  # what each picture shows, where its source knows
     latents: torch.Tensor | None = None  # [B, c, h, w] float16, of unit variance
 
+    @property
+    def pixels(self) -> torch.Tensor:
+        """[B, 3, H, W] in [-1, 1], where the batch is. Move it first: levels are a quarter of the bytes."""
+        assert self.levels is not None
+        return unit(self.levels)
+
     def to(self, device: Device) -> "T2IBatch":
         """The same batch on another device."""
-        pixels, latents = (part if part is None else part.to(device) for part in (self.pixels, self.latents))
-        return replace(self, index=self.index.to(device), prefix=self.prefix.to(device), pixels=pixels, latents=latents)
+        levels, latents = (part if part is None else part.to(device) for part in (self.levels, self.latents))
+        return replace(self, index=self.index.to(device), prefix=self.prefix.to(device), levels=levels, latents=latents)
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,14 @@ class LabelledBatch:
 
     index: torch.Tensor  # [B] long, global sample numbers
     labels: torch.Tensor | tuple[dict[str, Any], ...]  # [B] long for class numbers; scenes stay JSON objects
-    pixels: torch.Tensor  # [B, 3, H, W] in [-1, 1]
+    levels: torch.Tensor  # [B, 3, H, W] uint8
     latents: torch.Tensor | None = None  # [B, c, h, w] float16, of unit variance, where they are known
     points: tuple[torch.Tensor, torch.Tensor] | None = None  # colours, shapes [B, T, K] of scenes, where asked for
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """[B, 3, H, W] in [-1, 1], where the batch is. Move it first: levels are a quarter of the bytes."""
+        return unit(self.levels)
 
     @property
     def scenes(self) -> tuple[dict[str, Any], ...]:
@@ -75,7 +87,7 @@ class LabelledBatch:
         labels = self.labels.to(device) if isinstance(self.labels, torch.Tensor) else self.labels
         latents = self.latents if self.latents is None else self.latents.to(device)
         points = self.points and (self.points[0].to(device), self.points[1].to(device))
-        moved = {"index": self.index.to(device), "pixels": self.pixels.to(device)}
+        moved = {"index": self.index.to(device), "levels": self.levels.to(device)}
         return replace(self, **moved, labels=labels, latents=latents, points=points)
 
 
@@ -107,8 +119,8 @@ class TextToImageCollate:
         prefix = self.builder.draw(prompts, images)
         scenes = tuple(record.scene if isinstance(record, TextToImage) else None for record in records)
         latents = _latents(records)
-        pixels = None if latents is not None else _pixels(records, self.image_size, self.buckets)
-        return T2IBatch(torch.tensor(indices), prefix, pixels, scenes, latents)
+        levels = None if latents is not None else _levels(records, self.image_size, self.buckets)
+        return T2IBatch(torch.tensor(indices), prefix, levels, scenes, latents)
 
 
 @dataclass(frozen=True)
@@ -147,11 +159,11 @@ class LabelledCollate:
         if numbers and scenes:
             raise ValueError("data.sources mixes class numbers with scenes as labels; give sources of one kind")
         labels = torch.tensor(numbers) if numbers else scenes
-        pixels = _pixels(records, self.image_size, self.buckets)
+        levels = _levels(records, self.image_size, self.buckets)
         if self.flip:
             mirrored = torch.tensor([uniform(self.seed, "flip", index) < 0.5 for index in indices])
-            pixels[mirrored] = pixels[mirrored].flip(-1)
-        batch = LabelledBatch(torch.tensor(indices), labels, pixels, _latents(records))
+            levels[mirrored] = levels[mirrored].flip(-1)
+        batch = LabelledBatch(torch.tensor(indices), labels, levels, _latents(records))
         return batch if self.points is None else replace(batch, points=points_of(batch.scenes, *self.points))
 
 
@@ -188,11 +200,12 @@ def _latents(records: Sequence[TextToImage | Edit | Labelled]) -> torch.Tensor |
     return torch.from_numpy(np.stack(known)) if known else None  # [B, c, h, w]
 
 
-def _pixels(records: Sequence[TextToImage | Edit | Labelled], size: int, buckets: Buckets | None) -> torch.Tensor:
-    """[B, 3, H, W], of the bucket in which the loader has gathered them."""
+def _levels(records: Sequence[TextToImage | Edit | Labelled], size: int, buckets: Buckets | None) -> torch.Tensor:
+    """[B, 3, H, W] uint8, of the bucket in which the loader has gathered them."""
     images = [record.image for record in records if record.image is not None]
-    height, width = (size, size) if buckets is None else buckets.shape_of(images[0])
-    pixels = torch.empty(len(images), 3, height, width)
-    for image, out in zip(images, pixels, strict=True):
-        to_tensor(resize_and_crop(image, (height, width)), out)
-    return pixels
+    shapes = Counter((size, size) if buckets is None else buckets.shape_of(image) for image in images)
+    height, width = shapes.most_common(1)[0][0]  # one may say its orientation behind its pixels, where nobody looks ahead
+    levels = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
+    for image, out in zip(images, levels, strict=True):
+        out.copy_(resize_and_crop(image, (height, width)))
+    return levels

@@ -16,14 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import tyro
 
 from data.parallel import each_shard
 from data.shard_index import index_shards, keep_index, kept_index, make_index, recorded_digest
 from data.shards import expand
-from data.storage import here, is_url
+from data.storage import here, is_url, name_of
 from model.files import sha256_of
 
 
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         work = _verified if args.verify else partial(_indexed, out=args.out)
         paths = expand(args.urls)
-        if args.out is not None and len({os.path.basename(urlsplit(path).path) for path in paths}) < len(paths):
+        if args.out is not None and len({name_of(path) for path in paths}) < len(paths):
             raise ValueError("urls: two shards have the same name, and --out keeps indexes by it; index their folders apart")
         found = list(each_shard(work, paths, args.jobs, "verifying" if args.verify else "indexing"))
     except (ValueError, OSError) as error:

@@ -92,6 +92,8 @@ def lint(path: str, task: Task) -> list[Problem]:
             to_record(task, source.read(row))
         except BadSample as bad:
             found.append(Problem(path, name, bad.reason))
+        except (ValueError, OSError) as error:  # another size than was indexed, or a disk that cannot be read
+            found.append(Problem(path, name, _without(path, str(error))))
     usual = {extension for extension, count in seen.items() if 0.9 * len(index) < count < len(index)}
     for extension in sorted(usual):
         column = index.extensions.index(extension)

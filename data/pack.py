@@ -57,6 +57,7 @@ def write_shards(jobs: Sequence[Job], read: Callable[[Job], Item], out: Path, sh
     check_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed; process ids repeat
     partial.mkdir()
     try:
         written = _write(jobs, read, partial, shard_size)
@@ -84,7 +85,7 @@ def members(item: Item, key: str) -> dict[str, bytes]:
     try:
         if item.caption:
             files["txt"] = item.caption.encode()
-            described["caption"] = item.caption
+            described.setdefault("caption", item.caption)
         files["json"] = json.dumps(described, ensure_ascii=False, sort_keys=True).encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair
         raise BadSample("a text is not Unicode") from error

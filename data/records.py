@@ -82,7 +82,7 @@ def to_record(task: Task, raw: dict[str, Any]) -> Record:
     """The record that `task` trains on; BadSample where the raw sample lacks what the task needs."""
     key = raw["key"]
     if task == "t2i":
-        return TextToImage(key, _caption(raw), _drawn(raw), raw["json"].get("scene"), raw.get("latent"))
+        return TextToImage(key, _caption(raw), _drawn(raw), _scene(raw["json"]), raw.get("latent"))
     if task == "chat":
         return Conversation(key, _turns(raw))
     if task == "labelled":
@@ -178,10 +178,16 @@ def _image(raw: dict[str, Any]) -> Image.Image:
     return raw["image"]
 
 
+def _scene(described: dict[str, Any]) -> dict[str, Any] | None:
+    """What a picture was rendered from; others call the place of a photograph so, in words."""
+    scene = described.get("scene")
+    return scene if isinstance(scene, dict) else None
+
+
 def label_of(described: dict[str, Any]) -> int | dict[str, Any]:
     """The scene or the class number of a sample's json, where a member `cls` has put it too; BadSample where there is
     neither."""
-    label = described.get("scene", described.get("label"))
+    label = _scene(described) or described.get("label")
     if isinstance(label, bool) or not isinstance(label, int | dict):
         raise BadSample("no label")
     if isinstance(label, int) and label < 0:

@@ -8,6 +8,7 @@ if an end-of-archive block follows the last member and nothing but zeros follows
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tarfile
@@ -16,11 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 import numpy as np
 
-from data.storage import beside, download, is_url, user_cache
+from data.storage import beside, download, is_url, name_of, user_cache
 from data.transforms import UNKNOWN, Shape, upright_shape
 from model.files import sha256_of, write_whole
 
@@ -32,7 +32,15 @@ MAX_BYTES = dict.fromkeys(IMAGES, 64 << 20) | {"txt": 1 << 20, "json": 4 << 20, 
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key, then all past the first dot: webdataset's convention
 VERSION = 3
 BLOCK_BYTES = 512  # of tar's format
+AT_ONCE = 256  # indexes from elsewhere, of which the bytes are held
 HEAD_BYTES = 1 << 16  # of a picture, in which its header nearly always lies
+
+
+log = logging.getLogger(__name__)
+
+
+class Damaged(ValueError):
+    """A shard that is not a whole tar."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,15 @@ def index_shards(paths: Sequence[str], shapes: bool = False) -> list[ShardIndex]
     missing. ValueError for a shard that is not a whole tar, or that lies elsewhere and has no index."""
     elsewhere = [path for path in paths if is_url(path)]
     found = dict(zip(elsewhere, _remote_indexes(elsewhere, shapes), strict=True)) if elsewhere else {}
+    for path in paths:
+        if path not in found and (index := kept_index(path, False, shapes)) is not None:
+            found[path] = index
+    if missing := len(set(paths) - found.keys()):
+        log.warning(
+            "%d of %d shards are indexed first, being new or changed; python -m data.index does so ahead",
+            missing,
+            len(paths),
+        )
     return [found[path] if path in found else index_shard(path, shapes=shapes) for path in paths]
 
 
@@ -97,7 +114,7 @@ def make_index(path: str, digest: bool, shapes: bool) -> dict[str, Any]:
 def keep_index(path: str, content: dict[str, Any], out: Path | None = None) -> ShardIndex:
     """Write the index of the shard at `path` into the folder `out`, by default where it is looked for. OSError where that
     fails."""
-    places = _caches(path) if out is None else [out / (os.path.basename(urlsplit(path).path) + ".idx.json")]
+    places = _caches(path) if out is None else [out / (name_of(path) + ".idx.json")]
     if not any(_write(place, content) for place in places):
         where = " and ".join(str(place.parent) for place in places)
         raise OSError(f"the index of shard {path} cannot be written to {where}; name another folder with --out")
@@ -130,32 +147,34 @@ def _shape(file: BinaryIO, offset: int, size: int) -> Shape:
 
 def _remote_indexes(urls: Sequence[str], shapes: bool) -> list[ShardIndex]:
     found = []
-    for url, content in zip(urls, _elsewhere(urls), strict=True):
+    for url, (content, why) in zip(urls, _elsewhere(urls), strict=True):
         if content is None or not _suffices(content, False, shapes):
             raise ValueError(
                 f"shard {url} has no index of version {VERSION}{' with shapes' * shapes}; make it with data.index, or "
-                "set the source's stream"
+                f"set the source's stream{f' ({why})' * bool(why)}"
             )
         found.append(_to_index(url, content))
     return found
 
 
-def _elsewhere(urls: Sequence[str]) -> Iterator[dict | None]:
-    """What the indexes of these shards say, from beside them or from this user's cache folder; None where there is none.
-    OSError where none can be seen."""
+def _elsewhere(urls: Sequence[str]) -> Iterator[tuple[dict | None, str]]:
+    """What the indexes of these shards say, from beside them or from this user's cache folder; None where there is none,
+    and what was answered. OSError where none can be seen."""
     now = {"version": VERSION}
-    for url, answer in zip(urls, download([beside(url, ".idx.json") for url in urls]), strict=True):
-        content = _parsed(answer, now) if isinstance(answer, bytes) else None
-        content = content or next((held for cache in _caches(url) if (held := _cached(cache, now))), None)
-        if content is None and isinstance(answer, OSError) and not isinstance(answer, FileNotFoundError):
-            raise answer
-        yield content
+    for part in (urls[start : start + AT_ONCE] for start in range(0, len(urls), AT_ONCE)):
+        for url, answer in zip(part, download([beside(url, ".idx.json") for url in part]), strict=True):
+            content = _parsed(answer, now) if isinstance(answer, bytes) else None
+            content = content or next((held for cache in _caches(url) if (held := _cached(cache, now))), None)
+            if content is None and isinstance(answer, OSError) and not isinstance(answer, FileNotFoundError):
+                raise answer
+            yield content, "" if isinstance(answer, bytes) else str(answer)
 
 
 def recorded_digest(path: str) -> dict[str, Any]:
     """The sha256 that an index of this shard has, whatever became of the shard since, and of when it was; else empty."""
     names = ("sha256", "hashed_mtime_ns")
-    for content in _elsewhere([path]) if is_url(path) else (_cached(cache, {}) for cache in _caches(path)):
+    cached = (_cached(cache, {}) for cache in _caches(path))
+    for content in (held for held, _ in _elsewhere([path])) if is_url(path) else cached:
         if content is not None and all(name in content for name in names):
             return {name: content[name] for name in names}
     return {}
@@ -179,7 +198,7 @@ def scan(path: str) -> dict[str, list]:
 
 def members_of(file: BinaryIO, path: str) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """(key, extension, header) of every member of a tar that is read by anyone, in their order; between two of them the
-    caller may read elsewhere in `file`. ValueError where the tar is not whole, at its end at the latest."""
+    caller may read elsewhere in `file`. Damaged where the tar is not whole, at its end at the latest."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -188,14 +207,14 @@ def members_of(file: BinaryIO, path: str) -> Iterator[tuple[str, str, tarfile.Ta
                     yield match[1], match[2].lower(), member
             end = tar.offset
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"shard {path} is damaged or not an uncompressed tar ({error}); fetch or pack it again") from error
+        raise Damaged(f"shard {path} is damaged or not an uncompressed tar ({error}); fetch or pack it again") from error
     file.seek(end)
     block = file.read(BLOCK_BYTES)
     whole = len(block) == BLOCK_BYTES
     while block and not any(block):
         block = file.read(1 << 20)
     if block or not whole:
-        raise ValueError(f"shard {path} is damaged: no clean end of archive after byte {end}; fetch or pack it again")
+        raise Damaged(f"shard {path} is damaged: no clean end of archive after byte {end}; fetch or pack it again")
 
 
 def _caches(path: str) -> list[Path]:

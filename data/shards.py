@@ -26,7 +26,7 @@ from PIL import Image
 from data.latents import decode_array, note, rows_of
 from data.records import BadSample
 from data.shard_index import BLOCK_BYTES, CLASS, IMAGES, LATENT, MAX_BYTES, ShardIndex, index_shard, index_shards
-from data.storage import CacheConfig, Files, Span, Urls, is_url, store_of
+from data.storage import CacheConfig, Files, Span, Urls, is_url, name_of, store_of
 from data.transforms import decode_image, to_rgb
 
 SIZE_FIELD = 124 - BLOCK_BYTES, 136 - BLOCK_BYTES  # where a tar header says it, in octal digits; from the content on
@@ -151,7 +151,7 @@ class ShardSource:
         sha = hashlib.sha256()
         for found in self._indexes:
             extensions, spans = found.places()
-            sha.update(repr((os.path.basename(found.path), len(found), extensions)).encode())
+            sha.update(repr((name_of(found.path), len(found), extensions)).encode())
             sha.update(found.keys.tobytes() + spans)
         return sha.hexdigest()
 
@@ -187,7 +187,10 @@ def _checked(data: bytes, at: int, size: int, path: str) -> bytes:
     begin, end = SIZE_FIELD
     said = data[at + begin : at + end].strip(b"\0 ")
     if len(data) < at + size or not said.isdigit() or int(said, 8) != size:
-        raise ValueError(f"shard {path} has changed since it was indexed; index it again: python -m data.index")
+        raise ValueError(
+            f"shard {path} is not what was indexed; fetch it again, or index what is there: remove "
+            f"{name_of(path)}.idx.json, then python -m data.index"
+        )
     return data[at : at + size]
 
 

@@ -19,12 +19,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf")
+from model.files import write_whole
+
+SCHEMES = {
+    **dict.fromkeys(("http", "https"), "'fsspec[http]'"),
+    "s3": "s3fs",
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+    "hf": "huggingface_hub",
+}
+"""The schemes that are read, each with the package that reads it."""
 MAX_OPEN_FILES = 64
-TRIES, FIRST_WAIT_SECONDS = 4, 0.5  # of a range that does not come: a network may fail for a moment
+TRIES, FIRST_WAIT_SECONDS = 6, 0.5  # of a range that does not come: a server may be away for a quarter of a minute
 MOMENTARY = (408, 429)  # answers of a web server that say "not now"
-SCANS = 64  # a process looks through the cache each time it has written so small a part of it
-FILLED = 0.75  # to which the cache is emptied then, so that many processes may write before the next look
+SHARES = 1024  # a process says how much it has written into the cache each time it is so small a part of it
+FILLED = 0.75  # to which a full cache is emptied
 
 
 class Span(NamedTuple):
@@ -67,6 +76,11 @@ def beside(path: str, ending: str) -> str:
     return parts._replace(path=parts.path + ending).geturl()
 
 
+def name_of(path: str) -> str:
+    """The name of a file, without the query of a signed URL, which is another each time."""
+    return os.path.basename(urlsplit(path).path if is_url(path) else path)
+
+
 _stores: dict[tuple[int, str], Any] = {}
 """By process and scheme. A forked worker makes its own, and must not let go of its parent's: closing what both share would
 leave the parent waiting for ever."""
@@ -83,7 +97,7 @@ def store_of(url: str) -> Any:
         try:
             _stores[key] = fsspec.filesystem(scheme, **options)
         except ImportError as error:
-            raise ValueError(f"{url} needs a package that is not installed ({error}); pip install -e '.[remote]'") from error
+            raise ValueError(f"{url} needs a package that is not installed; pip install {SCHEMES[scheme]}") from error
     return _stores[key]
 
 
@@ -122,7 +136,7 @@ class Urls:
     def __init__(self, cache: CacheConfig) -> None:
         self._folder = cache.folder or user_cache() / "samples"
         self._room = int(cache.gigabytes * 1e9)
-        self._written = 0  # bytes since this process looked through the cache
+        self._written = 0  # bytes that this process has not yet said
 
     def read(self, span: Span) -> bytes:
         """The bytes, fewer where the file ends. OSError where they do not come."""
@@ -156,31 +170,40 @@ class Urls:
         return came
 
     def _keep(self, place: Path, data: bytes) -> None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft = place.with_name(f"{place.name}.{os.getpid()}.part")
-        draft.write_bytes(data)
-        draft.replace(place)
+        write_whole(place, lambda draft: draft.write_bytes(data))
         self._written += len(data)
-        if self._written > self._room / SCANS:
-            self._written = 0
-            self._make_room()
+        if self._written > self._room / SHARES:
+            self._say()
 
-    def _make_room(self) -> None:
-        """Let the samples go that were read longest ago; one process at a time."""
-        with (self._folder / ".lock").open("w") as lock:
+    def _say(self) -> None:
+        """Add what this process has written to what the cache is said to hold; whoever finds it full makes room."""
+        with (self._folder / ".held").open("a+") as file:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return  # another process is at it; the next time
             except OSError:
-                return  # another process is at it
-            held = list(_held(self._folder))
-            total = sum(state.st_size for state, _ in held)
+                pass  # a file system without locks
+            file.seek(0)
+            said = file.read()
+            total, self._written = int(said or self._room) + self._written, 0  # nothing said yet: look
+            if total > self._room:
+                total = self._make_room()
+            file.truncate(0)
+            file.write(str(total))
+
+    def _make_room(self) -> int:
+        """Let the samples go that were read longest ago, if the cache is full; the bytes that it holds then."""
+        held = list(_held(self._folder))
+        total = sum(state.st_size for state, _ in held)
+        if total <= self._room:
+            return total
+        for state, path in sorted(held, key=lambda entry: entry[0].st_mtime_ns):
+            path.unlink(missing_ok=True)
+            total -= state.st_size
             if total <= self._room * FILLED:
-                return
-            for state, path in sorted(held, key=lambda entry: entry[0].st_mtime_ns):
-                path.unlink(missing_ok=True)
-                total -= state.st_size
-                if total <= self._room * FILLED:
-                    return
+                break
+        return total
 
     def _place(self, span: Span) -> Path:
         name = hashlib.sha256(repr(tuple(span)).encode()).hexdigest()

@@ -18,9 +18,9 @@ from torch.utils.data import get_worker_info
 
 from data.address import draw, permute
 from data.records import BadSample
-from data.shard_index import MAX_BYTES, members_of
+from data.shard_index import MAX_BYTES, Damaged, members_of
 from data.shards import check_sizes, decode_members, expand
-from data.storage import TRIES, is_url, store_of, unreached, wait
+from data.storage import TRIES, is_url, name_of, store_of, unreached, wait
 
 
 class _Packed(NamedTuple):
@@ -53,7 +53,7 @@ class StreamSource:
 
     def fingerprint(self) -> str:
         """The names of the shards: which sample a number stands for is not known before."""
-        return repr(self._shards)
+        return repr([name_of(shard) for shard in self._shards])
 
     def fetch(self, indices: object) -> None:
         """Nothing: they come in their order."""
@@ -97,30 +97,28 @@ class StreamSource:
 
 def _samples(shard: str) -> Iterator[_Packed]:
     """The samples of a shard; at last one without members if it is damaged. OSError where it does not come."""
-    given = 0
+    given, store = 0, store_of(shard) if is_url(shard) else None
     for attempt in range(TRIES):
         wait(attempt)
         try:
-            with _open(shard) as file:
+            with _open(shard, store) as file:
                 for sample in islice(_grouped(file, shard), given, None):
                     yield sample
                     given += 1
             return
-        except ValueError:
+        except Damaged:
             yield _Packed(shard, "", {})
             return
         except Exception as error:
-            if not (is_url(shard) or isinstance(error, OSError)):
+            if store is None and not isinstance(error, OSError):
                 raise
             problem = unreached(shard, error)
             if attempt == TRIES - 1 or isinstance(problem, FileNotFoundError):
                 raise problem from error
 
 
-def _open(shard: str) -> AbstractContextManager[BinaryIO]:
-    if is_url(shard):
-        return store_of(shard).open(shard, "rb", cache_type="readahead")
-    return open(shard, "rb")
+def _open(shard: str, store: Any) -> AbstractContextManager[BinaryIO]:
+    return open(shard, "rb") if store is None else store.open(shard, "rb", cache_type="readahead")
 
 
 def _grouped(file: BinaryIO, shard: str) -> Iterator[_Packed]:

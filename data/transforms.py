@@ -3,6 +3,8 @@
 import io
 import struct
 import warnings
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ UNKNOWN: Shape = (0, 0)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow knows others; some run programs
 MAX_PIXELS = 64_000_000  # more than any camera of the data sets we know; a decompression bomb claims far more
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)  # on broken bytes
+UNREADABLE = "an image cannot be decoded"
 ORIENTATION = 0x0112  # EXIF tag; its values 2 to 8 name how to undo a camera's turn
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,22 +39,31 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     The size is read from the header, before any pixel is decoded."""
     try:
-        image = _open(data, max_pixels)
-        if image is not None:
-            image.load()
-            return image
+        image = _opened(io.BytesIO(data), max_pixels)
+        image.load()
+    except TooManyPixels:
+        raise
     except PILLOW_ERRORS as error:
-        raise ValueError("an image cannot be decoded") from error
-    raise TooManyPixels(f"an image has more than {max_pixels:,} pixels")
+        raise ValueError(UNREADABLE) from error
+    return image
+
+
+def format_of(path: Path) -> str:
+    """What Pillow calls the format of an image file, by its header. ValueError as `decode_image`."""
+    try:
+        with path.open("rb") as file:
+            return _opened(file, MAX_PIXELS).format or ""
+    except TooManyPixels:
+        raise
+    except PILLOW_ERRORS as error:
+        raise ValueError(UNREADABLE) from error
 
 
 def upright_shape(data: bytes) -> Shape:
     """The shape of `to_rgb(decode_image(data))`, mostly from the header alone, of which `data` may be the beginning; UNKNOWN
     where it cannot be told."""
     try:
-        image = _open(data)
-        if image is None:
-            return UNKNOWN
+        image = _opened(io.BytesIO(data), MAX_PIXELS)
         told = image.format != "PNG" or "exif" in image.info  # else Pillow would decode the whole PNG, to look behind it
         on_its_side = told and image.getexif().get(ORIENTATION, 1) in ON_ITS_SIDE
     except PILLOW_ERRORS:
@@ -59,15 +71,18 @@ def upright_shape(data: bytes) -> Shape:
     return (image.width, image.height) if on_its_side else (image.height, image.width)
 
 
-def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image | None:
-    """An image of which only the header is read; None for one of too many pixels."""
+def _opened(file: BinaryIO, max_pixels: int) -> Image.Image:
+    """An image of which only the header is read; `TooManyPixels`, or one of PILLOW_ERRORS."""
+    too_many = TooManyPixels(f"an image has more than {max_pixels:,} pixels")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked here
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:
-        return None
-    return image if image.width * image.height <= max_pixels else None
+        raise too_many from None
+    if image.width * image.height > max_pixels:
+        raise too_many
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -112,6 +127,11 @@ def to_tensor(picture: Image.Image | torch.Tensor, out: torch.Tensor | None = No
         picture = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     out = torch.empty(picture.shape) if out is None else out
     return out.copy_(picture.contiguous()).div_(127.5).sub_(1)
+
+
+def unit(levels: torch.Tensor) -> torch.Tensor:
+    """Levels uint8 [..., 3, H, W] -> float32 in [-1, 1] where they are: four times as large. What is float stays."""
+    return levels if levels.is_floating_point() else levels.float().div_(127.5).sub_(1)
 
 
 def to_pil(pixels: torch.Tensor) -> Image.Image:

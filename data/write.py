@@ -21,7 +21,7 @@ from data.records import BadSample, label_of, messages_of
 from data.shard_index import IMAGES
 
 DESCRIPTION = "Pack pictures and captions of your own into shards that data.shards and every webdataset reader can read."
-CAPTIONS = ("caption", "text", "instruction")  # the fields of a JSONL line that may hold the text
+CAPTIONS = ("caption", "text", "instruction")  # the fields of a JSONL line that may hold the text; the first that is there
 TEXTLESS = ("messages", "conversations", "label")  # fields that make a sample without a caption
 
 
@@ -60,8 +60,9 @@ class Jsonl:
     """Pack a JSONL file: one object a line with "image" (a path) and "caption"; or a JSON file that is a list of them, as
     LLaVA's and ShareGPT's are.
 
-    "text" or "instruction" may stand for "caption". "sources" (paths) are the images an edit starts from; "messages" with
-    "images" (paths) is a conversation; "label" is a class number. All other fields go into the sample's json as they are."""
+    "text" or "instruction" may stand for "caption". "sources" (paths) are the images an edit starts from, and there an
+    "instruction" comes first; "messages" with "images" (paths) is a conversation; "label" is a class number. All other
+    fields go into the sample's json as they are."""
 
     file: tyro.conf.Positional[Path]
     out: Path
@@ -91,7 +92,9 @@ class Jsonl:
             where = "line" if isinstance(held, bytes) else "entry"
             raise ValueError(f"{self.file} {where} {number} is not a JSON object; give nothing else")
         root = self.images or self.file.parent
-        caption = next((fields[name] for name in CAPTIONS if fields.get(name)), "")
+        names = CAPTIONS[::-1] if fields.get("sources") else CAPTIONS
+        told = next((name for name in names if fields.get(name)), "caption")
+        caption = fields.get(told) or ""
         if not isinstance(caption, str):
             raise BadSample("a caption is not text")
         if not caption.strip() and not any(name in fields for name in TEXTLESS):
@@ -106,7 +109,7 @@ class Jsonl:
         image = _bytes(root, fields["image"]) if "image" in fields else None
         if image is None and not sources and not any(name in fields for name in TEXTLESS[:2]):
             raise BadSample('a line has no "image"')
-        rest = {name: value for name, value in fields.items() if name not in (*CAPTIONS, "image", "sources", "images")}
+        rest = {name: value for name, value in fields.items() if name not in (told, "image", "sources", "images")}
         return Item(caption, image, tuple(_bytes(root, path) for path in sources), rest)
 
     def _parse(self, number: int, line: bytes) -> Any:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.loader import World
-from data.shard_index import index_shards
+from data.shard_index import index_shards, kept_index
 from data.shards import Shards, expand
 from data.storage import is_url
 from model.files import dump_config, write_whole
@@ -177,7 +177,7 @@ def _source(source: World | Shards, run: Run) -> str:
         samples, cache = sum(map(len, index_shards(paths))), run.data.cache
         held = f"through a cache of {cache.gigabytes:g} GB on each machine"
         return f"{source.urls}: {len(paths):,} shards, {samples:,} samples, {held}"
-    indexed = sum(Path(f"{path}.idx.json").is_file() for path in paths)
+    indexed = sum(kept_index(path, digest=False, shapes=run.data.buckets is not None) is not None for path in paths)
     size = sum(os.path.getsize(path) for path in paths)
     missing = len(paths) - indexed
     advice = f"; {missing:,} not indexed yet: python -m data.index {source.urls!r}" if missing else ""

@@ -40,7 +40,7 @@ class Withhold:
 
 def labels_config(width: int) -> LabelsConfig:
     """The labels of this world: a token for the background and one for each of five objects, present or not."""
-    return LabelsConfig(vocabulary=len(WORDS), tokens=1 + OBJECTS, words=3, places=True, width=width)
+    return LabelsConfig(vocabulary=len(WORDS), places=True, width=width)
 
 
 def encode(label: dict[str, Any], withhold: Withhold, seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
