@@ -43,9 +43,9 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))  # [B, heads, S, D / heads]
-        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v, mask)))
+        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v)))
 
 
 class CrossAttention(nn.Module):
@@ -59,10 +59,10 @@ class CrossAttention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q = split_heads(self.q(self.norm(x)), self.heads)  # [B, heads, N, D / heads]
         k, v = (split_heads(part, self.heads) for part in self.kv(context).chunk(2, dim=-1))  # [B, heads, L, ..]
-        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v, mask)))
+        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v)))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -21,12 +21,10 @@ UNKNOWN = 0  # the word of whatever is not told; a token of nothing else is the 
 
 @dataclass(frozen=True)
 class LabelsConfig:
-    """`vocabulary` counts all words, UNKNOWN included; `tokens` and `words` are L and K. `plain`: a token is the sum of its
-    words, with nothing learned on top, as published for classes."""
+    """`vocabulary` counts all words, UNKNOWN included. `plain`: a token is the sum of its words, with nothing learned on
+    top, as published for classes."""
 
     vocabulary: int
-    tokens: int = 1
-    words: int = 1
     places: bool = False
     width: int = 384
     plain: bool = False

@@ -107,13 +107,11 @@ class SiT(nn.Module):
         x_t: Tensor,
         t: Tensor,
         condition: Tensor,
-        condition_mask: Tensor | None = None,
         hidden_at: int | None = None,
         stop: bool = False,
     ) -> SiTOutput:
-        """x_t [B, c, h, w], t [B] in [0, 1], condition [B, L, C], condition_mask [B, L] bool (True = real; with
-        cross_attention each row needs one) -> float32 prediction [B, c, h, w], and the latent tokens after block
-        number `hidden_at`; with `stop` these alone, the blocks after it not run."""
+        """x_t [B, c, h, w], t [B] in [0, 1], condition [B, L, C] -> float32 prediction [B, c, h, w], and the latent tokens
+        after block number `hidden_at`; with `stop` these alone, the blocks after it not run."""
         dtype = self.embed.weight.dtype
         condition = condition.to(dtype)  # [B, L, C]
         if self.embed_condition is not None and self.condition_position is not None:
@@ -123,21 +121,19 @@ class SiT(nn.Module):
                 )
             condition = self.embed_condition(condition)  # [B, L, D]
             condition = condition + self.condition_position[: condition.shape[1]]
-        time = self.embed_time(t) + masked_mean(condition, condition_mask)  # [B, D]
+        time = self.embed_time(t) + condition.mean(1)  # [B, D]
         x = self.embed(patchify(x_t.to(dtype), self.config.patch)) + self._positions(x_t).to(dtype)  # [B, N, D]
-        context, tokens, mask = condition, x.shape[1], _attention_mask(condition_mask, 0)  # mask [B, 1, 1, L]
-        if self.config.conditioning == "modulation":
-            context = mask = None
-        elif self.config.conditioning == "in_context":
+        tokens = x.shape[1]
+        context = condition if self.config.conditioning == "cross_attention" else None
+        if self.config.conditioning == "in_context":
             x = torch.cat([condition, x], dim=1)  # [B, L + N, D]
-            context, mask = None, _attention_mask(condition_mask, tokens)  # mask [B, 1, 1, L + N]
         shared = None if self.modulation is None else self.modulation(time)  # [B, 6, D]
         hidden = None
         for number, block in enumerate(self.blocks, start=1):
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, time, shared, context, mask, use_reentrant=False)
+                x = checkpoint(block, x, time, shared, context, use_reentrant=False)
             else:
-                x = block(x, time, shared, context, mask)  # [B, S, D]
+                x = block(x, time, shared, context)  # [B, S, D]
             if number == hidden_at:
                 hidden = x[:, -tokens:]
                 if stop:
@@ -185,8 +181,8 @@ class SiTBlock(nn.Module):
         self.modulation = None if config.shared_modulation else Modulation(width, 6)
         self.table = nn.Parameter(torch.zeros(6, width)) if config.shared_modulation else None
 
-    def forward(self, x: Tensor, time: Tensor, shared: Tensor | None, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x [B, S, D], time [B, D], shared [B, 6, D] with adaLN-single -> [B, S, D]."""
+    def forward(self, x: Tensor, time: Tensor, shared: Tensor | None, context: Tensor | None) -> Tensor:
+        """x [B, S, D], time [B, D], shared [B, 6, D] with adaLN-single, context [B, L, D] to look up -> [B, S, D]."""
         if self.modulation is not None:
             values = self.modulation(time)
         else:
@@ -194,11 +190,10 @@ class SiTBlock(nn.Module):
             assert self.table is not None
             values = shared + self.table
         shift1, scale1, gate1, shift2, scale2, gate2 = values.unsqueeze(2).unbind(1)  # [B, 1, D] each
-        self_mask = mask if context is None else None
-        attended = self.attention(modulate(self.norm1(x), shift1, scale1), self_mask)  # [B, S, D]
+        attended = self.attention(modulate(self.norm1(x), shift1, scale1))  # [B, S, D]
         x = torch.addcmul(x, gate1, attended)
         if self.cross is not None and context is not None:
-            x = x + self.cross(x, context, mask)
+            x = x + self.cross(x, context)
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
@@ -233,14 +228,6 @@ class TimeEmbedding(nn.Module):
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x [B, S, D] (1 + scale [B, 1, D]) + shift [B, 1, D]."""
     return torch.addcmul(shift, x, 1 + scale)
-
-
-def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of x [B, L, D] over the tokens where mask [B, L] is True; zero where there is none."""
-    if mask is None:
-        return x.mean(dim=1)
-    weight = mask.to(x.dtype).unsqueeze(-1)  # [B, L, 1]
-    return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -303,14 +290,6 @@ def _elsewhere(config: SiTConfig, grid: tuple[int, int], device: torch.device, d
     """Positions [N, D] of a grid that is not the SiT's own."""
     side = config.latent_size // config.patch
     return sincos_2d(config.width, grid, side, config.spacing).to(device, dtype)
-
-
-def _attention_mask(condition_mask: Tensor | None, latent_tokens: int) -> Tensor | None:
-    """[B, L] -> [B, 1, 1, L + latent_tokens]: which keys may be looked at; None when all may."""
-    if condition_mask is None:
-        return None
-    always = condition_mask.new_ones(condition_mask.shape[0], latent_tokens)
-    return torch.cat([condition_mask, always], dim=1)[:, None, None, :]
 
 
 def _validate(config: SiTConfig) -> None:

@@ -16,10 +16,10 @@ from tests import tiny
 from tests.test_shards import items
 from tests.two_ranks import ROOT, TORCHRUN, tiny_run
 from train import plan, scaling, traffic
-from train.collectives import Load, Network, payload, wire_bytes
+from train.collectives import Load, Network, payload
 from train.optim import split
 from train.run import parse
-from train.scaling import Recipe, fastest, load_of, settings
+from train.scaling import Recipe, fastest, load_of, quickest, settings
 
 CASES = {  # world, options of traffic, options of the run
     "official": (2, ("--inside", "--steps", "1"), ("--schedule.accumulation", "2")),
@@ -127,13 +127,9 @@ def test_alone_nothing_is_sent_and_more_is_never_less():
     load = Load(trained=1e9, width=2, checkpointed=5e8, frozen=1e9)
     for zero, accumulation in product((0, 1, 2, 3), (1, 4)):
         given = payload(load, zero, accumulation)
-        assert wire_bytes(given, 1) == 0
         assert network.pass_seconds(sum(given.values()), 9, 1) == 0
-        sent = [wire_bytes(given, world) for world in (1, 2, 8, 64, 512)]
-        assert sent == sorted(sent)
         assert sum(payload(replace(load, trained=2e9), zero, accumulation).values()) > sum(given.values())
         assert sum(payload(load, zero, accumulation + 1).values()) >= sum(given.values())
-    assert wire_bytes({"all_reduce": 8.0}, 4) == 2 * 8 * 3 / 4
 
 
 def a_recipe(folder: Path, *overrides: str) -> Recipe:
@@ -169,7 +165,10 @@ def test_stages_give_way_where_the_limits_say(tmp_path):
     assert fastest(recipe, ARGS, 8, 1).zero == 1
     assert fastest(recipe, ARGS, 8, 4).accumulation == 1
     tight = replace(ARGS, memory_gb=(recipe.held(1, 8) + 2 * recipe.activations) / (1 - ARGS.reserve) / 1e9 * 1.0001)
-    assert fastest(recipe, tight, 8, 4, zero=1).accumulation == 2
+    one = quickest(recipe, tight, 8, 4, zero=1)
+    assert one is not None
+    assert one.accumulation == 2
+    assert quickest(recipe, replace(tight, memory_gb=1e-9), 8, 4, zero=1) is None
 
 
 def test_the_command_writes_measures_and_a_picture(tmp_path, capsys):

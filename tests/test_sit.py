@@ -57,15 +57,6 @@ def test_rows_do_not_meet(kind, shared):
 
 
 @pytest.mark.parametrize("kind", CONDITIONING)
-def test_masked_conditioning_tokens_do_not_exist(kind):
-    sit, (x_t, t, condition) = awake(conditioning=kind), inputs()
-    mask = torch.tensor([[True, True, True, False, False]]).expand(3, -1)
-    masked = sit(x_t, t, condition, mask).prediction
-    torch.testing.assert_close(masked, sit(x_t, t, condition[:, :3]).prediction, atol=1e-5, rtol=1e-5)
-    assert (masked - sit(x_t, t, condition).prediction).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("kind", CONDITIONING)
 def test_time_and_conditioning_matter(kind):
     sit, (x_t, t, condition) = awake(conditioning=kind), inputs()
     out = sit(x_t, t, condition).prediction

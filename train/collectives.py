@@ -45,11 +45,6 @@ def payload(load: Load, zero: int, accumulation: int) -> dict[str, float]:
     return reduced | ({"all_gather": whole} if zero else {})
 
 
-def wire_bytes(given: Mapping[str, float], world: int) -> float:
-    """Bytes that each rank sends for a payload, by rings (Patarasu & Yuan 2009)."""
-    return sum(PASSES[kind] * size * (world - 1) / world for kind, size in given.items())
-
-
 def messages(given: Mapping[str, float], width: int, zero: int, accumulation: int) -> dict[str, int]:
     """In how many messages a payload goes: of DeepSpeed's default sizes, and one for each time that weights are gathered
     and gradients summed."""

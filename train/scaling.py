@@ -194,16 +194,22 @@ def settings(recipe: Recipe, args: Args, world: int, pictures: int, official: bo
                 yield Setting(zero, accumulation, held, compute, collective, data)
 
 
-def fastest(
-    recipe: Recipe, args: Args, world: int, pictures: int, official: bool = False, zero: int | None = None
-) -> Setting:
-    """The one to take, without overlap; of one stage where it is given. ValueError where none fits."""
-    found = [each for each in settings(recipe, args, world, pictures, official) if zero in (None, each.zero)]
-    if not found:
+def fastest(recipe: Recipe, args: Args, world: int, pictures: int) -> Setting:
+    """The one to take, without overlap. ValueError where none fits."""
+    found = quickest(recipe, args, world, pictures)
+    if found is None:
         raise ValueError(
             f"nothing of {recipe.run.name} fits {args.memory_gb:g} GB on {world} GPUs; give more --memory-gb or --worlds"
         )
-    return min(found, key=lambda each: (each.step, each.zero, each.accumulation))
+    return found
+
+
+def quickest(
+    recipe: Recipe, args: Args, world: int, pictures: int, official: bool = False, zero: int | None = None
+) -> Setting | None:
+    """The same, of one stage where it is given; None where none fits."""
+    fit = [each for each in settings(recipe, args, world, pictures, official) if zero in (None, each.zero)]
+    return min(fit, key=lambda each: (each.step, each.zero, each.accumulation), default=None)
 
 
 def shares(recipe: Recipe, args: Args, world: int) -> dict[str, int]:
@@ -252,8 +258,8 @@ def measures(recipe: Recipe, args: Args) -> dict[str, Measure]:
                 f"{batch}.{world}.efficiency_overlapped": Measure(best.compute / best.overlapped, unit="share"),
             }
             for zero in STAGES:
-                one = fastest(recipe, args, world, pictures, zero=zero)
-                found[f"{batch}.{world}.efficiency_zero{zero}"] = Measure(one.compute / one.step, unit="share")
+                if one := quickest(recipe, args, world, pictures, zero=zero):
+                    found[f"{batch}.{world}.efficiency_zero{zero}"] = Measure(one.compute / one.step, unit="share")
         found |= limits(recipe, args, world) | outside(recipe, args, world)
     return found
 
@@ -273,14 +279,16 @@ def limits(recipe: Recipe, args: Args, world: int) -> dict[str, Measure]:
 
 def outside(recipe: Recipe, args: Args, world: int) -> dict[str, Measure]:
     """What a step of the recipe's batch would take more with the MLLM inside the engine, as the official code has it: for
-    each stage, bytes given to collectives, seconds, bytes of a rank (fewer at ZeRO 3, which would share it); and of a
-    checkpoint."""
+    each stage at which both fit, bytes given to collectives, seconds, bytes of a rank (fewer at ZeRO 3, which would share
+    it); and of a checkpoint."""
     found, pictures = {}, recipe.batch // world
     for zero in STAGES:
-        ours = fastest(recipe, args, world, pictures, zero=zero)
+        ours = quickest(recipe, args, world, pictures, zero=zero)
+        theirs = quickest(recipe, args, world, pictures, official=True, zero=zero)
+        if ours is None or theirs is None:
+            continue
         name, load = f"outside.{world}.zero{zero}", recipe.official_load
         given = [sum(payload(each, zero, ours.accumulation).values()) for each in (load, recipe.load)]
-        theirs = fastest(recipe, args, world, pictures, official=True, zero=zero)
         found[f"{name}.collective_bytes_saved"] = Measure(given[0] - given[1], unit="B")
         found[f"{name}.step_saved"] = Measure(theirs.step - ours.step, unit="s")
         held = recipe.held(zero, world, official=True) - recipe.held(zero, world)
