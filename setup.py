@@ -17,6 +17,7 @@ setup(
         "webdataset>=1.0.2,<1.1",
         "braceexpand>=0.1.7",
         "safetensors>=0.8",
+        "accelerate>=1",
         "sentencepiece>=0.2.2",
         "protobuf>=5",
         "numpy>=2",

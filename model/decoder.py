@@ -23,6 +23,9 @@ from model.files import (
 from model.noise import FlowConfig, NoiseConfig
 from model.sit import SiT, SiTConfig, SiTOutput
 
+NOISE_FILE = "noise.json"
+"""Beside a trained SiT: the schedule that it was trained by."""
+
 
 @dataclass(frozen=True)
 class SiTDecoderConfig:
@@ -42,7 +45,10 @@ def build_decoder(config: DecoderConfig, weights: bool = True, noise: NoiseConfi
         return load_diffusers_decoder(config, weights, noise)
     if (config.path is None) == (config.sit is None):
         raise ValueError("decoder.path and decoder.sit: give one, a trained SiT's folder or the shape of a fresh one")
-    return SiTDecoder(load_sit(config.path, weights) if config.path is not None else SiT(config.sit))  # type: ignore[arg-type]
+    if config.sit is not None:
+        return SiTDecoder(SiT(config.sit))
+    assert config.path is not None
+    return SiTDecoder(load_sit(config.path, weights), noise or noise_of(config.path))
 
 
 class SiTDecoder(nn.Module):
@@ -50,13 +56,13 @@ class SiTDecoder(nn.Module):
 
     condition_gain = 1.0
     trains: tuple[str, ...] = ()
-    noise: NoiseConfig = FlowConfig()
 
-    def __init__(self, sit: SiT):
+    def __init__(self, sit: SiT, noise: NoiseConfig = FlowConfig()):
         super().__init__()
-        self.sit = sit
+        self.sit, self.noise = sit, noise
         self.condition_width = sit.config.condition_width
         self.condition_tokens: int | None = sit.config.condition_tokens
+        self.patch, self.one_shape = sit.config.patch, sit.config.positions == "stored"
         self.latent_shape = (sit.config.latent_channels, sit.config.latent_size, sit.config.latent_size)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
@@ -69,13 +75,17 @@ class SiTDecoder(nn.Module):
 
 Decoder = SiTDecoder | DiffusersDecoder
 """What both offer: `condition_width`, `condition_tokens` and `condition_gain` tell a connector what to make; `noise` is the
-schedule it was made for, unless a config gives another; parameters that match `trains` train whatever the config says."""
+schedule it was made for, unless a config gives another; parameters that match `trains` train whatever the config says;
+sides of latents are multiples of `patch`, and with `one_shape` those of `latent_shape`."""
 
 
-def save_sit(folder: Path, sit: SiT, beside: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
-    """Write config.json and model.safetensors in the dtype of the weights, complete or not at all; `beside` are further
-    files of tensors by name."""
+def save_sit(
+    folder: Path, sit: SiT, noise: NoiseConfig = FlowConfig(), beside: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> None:
+    """Write config.json, model.safetensors in the dtype of the weights and the schedule, complete or not at all; `beside`
+    are further files of tensors by name."""
     with publish(folder) as draft:
+        write_json(draft / NOISE_FILE, dump_config(noise))
         write_json(draft / "config.json", dump_config(sit.config))
         write_tensors(draft / "model.safetensors", sit.state_dict())
         for name, tensors in (beside or {}).items():
@@ -85,9 +95,7 @@ def save_sit(folder: Path, sit: SiT, beside: Mapping[str, Mapping[str, Tensor]] 
 def load_sit(path: str, weights: bool = True) -> SiT:
     """The SiT that `save_sit` wrote, or without `weights` a fresh one of its shape; ValueError when it is missing or does
     not fit its config."""
-    folder = locate(path)
-    if folder is None:
-        raise ValueError(f"decoder.path {path!r} does not exist; name a trained SiT's folder, or run make assets")
+    folder = _folder(path)
     sit = SiT(parse_config(SiTConfig, read_json(folder / "config.json"), folder / "config.json"))
     if not weights:
         return sit
@@ -95,3 +103,18 @@ def load_sit(path: str, weights: bool = True) -> SiT:
     match(tensors, sit.state_dict(), folder / "model.safetensors")
     sit.load_state_dict(tensors)
     return sit
+
+
+def noise_of(path: str) -> NoiseConfig:
+    """The schedule that the SiT of a folder was trained by; ValueError where nothing says it."""
+    file = _folder(path) / NOISE_FILE
+    if not file.is_file():
+        raise ValueError(f"{file.parent} has no {NOISE_FILE}; name the release of a decoder that this program trained")
+    return parse_config(NoiseConfig, read_json(file), file)  # type: ignore[arg-type]
+
+
+def _folder(path: str) -> Path:
+    folder = locate(path)
+    if folder is None:
+        raise ValueError(f"decoder.path {path!r} does not exist; name a trained SiT's folder, or run make assets")
+    return folder

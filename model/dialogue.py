@@ -23,6 +23,7 @@ class Dialogue:
         self.tokens_read = 0  # how many went through the model, what it said itself included
         self._read: tuple[Row, Prefilled] | None = None  # replaced as a whole, so that nothing can break it off half-way
         self._builder = copy(mllm.builder)
+        self._builder.max_text_tokens = mllm.context  # that of prompts is the bound of what is trained on
         self._images = None if mllm.builder.images is None else _Remembered(mllm.builder.images)
         self._builder.images = self._images
 

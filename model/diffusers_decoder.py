@@ -5,6 +5,7 @@ its scheduler which noise it knows. Letters: B batch, L conditioning tokens, C c
 height, width."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,6 +49,8 @@ class DiffusersDecoderConfig:
     lora: LoraConfig | None = None
     """Adapters to train over a network that is frozen but for `trainable`."""
     activation_checkpointing: bool = False
+    sample_size: int | None = None
+    """Side of the latents that it draws; None: as its files say, which of AuraFlow's is 64 and not the 128 it draws well."""
 
 
 class DiffusersDecoder(nn.Module):
@@ -57,13 +60,14 @@ class DiffusersDecoder(nn.Module):
     condition_gain = 1.0
     condition_tokens: int | None = None
     """The most that a call may bring; None: as many as one likes."""
+    patch, one_shape = 1, False
 
     def __init__(self, config: DiffusersDecoderConfig, model: Any, noise: NoiseConfig):
         super().__init__()
         self.model, self.noise = model, noise
         self.trains: tuple[str, ...] = ()
         self.condition_width: int = self._condition_width()
-        side: int = model.config.sample_size
+        side: int = config.sample_size or model.config.sample_size
         self.latent_shape: tuple[int, int, int] = (model.config.in_channels, side, side)
         if config.activation_checkpointing:
             model.enable_gradient_checkpointing()
@@ -74,11 +78,13 @@ class DiffusersDecoder(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """x_t [B, c, h, w], t [B] in [0, 1], condition [B, L, C] -> float32 prediction [B, c, h, w]."""
         dtype = self.model.dtype
-        return self.model(
-            x_t.to(dtype),
-            encoder_hidden_states=condition.to(dtype),  # every token is real: no mask, which would cost the fast attention
-            timestep=self._timestep(t.float()),
-        ).sample.float()
+        halved = nullcontext() if dtype == torch.float32 else torch.autocast(x_t.device.type, enabled=False)
+        with halved:  # what has 16 bits already would lose what it does in float32 on purpose, as it is never drawn
+            return self.model(
+                x_t.to(dtype),
+                encoder_hidden_states=condition.to(dtype),  # every token is real: no mask, which costs the fast attention
+                timestep=self._timestep(t.float()),
+            ).sample.float()
 
     def aligned(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Any:
         """Only our SiT has a layer to align."""

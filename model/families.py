@@ -20,12 +20,16 @@ class ProcessorImages:
 
     minds_company = False
 
-    def __init__(self, processor: Any):
-        self.processor = processor
+    def __init__(self, processor: Any, max_pixels: int | None = None):
+        self.processor, self.max_pixels = processor, max_pixels
         self.image_id: int = processor.image_token_id
 
     def __call__(self, image: Image.Image, alone: bool) -> Seen:
         """See `ImageReader`."""
+        return self.look(_within(image, self.max_pixels), alone)
+
+    def look(self, image: Image.Image, alone: bool) -> Seen:
+        """The same of an image that is small enough."""
         processed = self.processor(
             text=[self.processor.image_token], images=[image], add_special_tokens=False, return_tensors="pt"
         )
@@ -47,10 +51,10 @@ class ImageTextToText(FrozenMLLM):
     @classmethod
     def make_builder(cls, config: MLLMConfig) -> PrefixBuilder:
         """Tokenizer, image processor and chat template of the model that `config` names."""
-        _no_bounds(config)
+        _refuse(config, "min_pixels")
         processor = assemble_processor(config)
         template = processor.chat_template or processor.tokenizer.chat_template
-        return PrefixBuilder(processor.tokenizer, cls.images_class(processor), template=template)
+        return PrefixBuilder(processor.tokenizer, cls.images_class(processor, config.max_pixels), template=template)
 
 
 class LlavaOnevisionImages(ProcessorImages):
@@ -58,8 +62,8 @@ class LlavaOnevisionImages(ProcessorImages):
 
     minds_company = True
 
-    def __call__(self, image: Image.Image, alone: bool) -> Seen:
-        """See `ImageReader`."""
+    def look(self, image: Image.Image, alone: bool) -> Seen:
+        """See `ProcessorImages`."""
         together = [image] if alone else [image, image]  # in company, whose looks do not matter
         processed = self.processor.image_processor([together], return_tensors="pt")
         tokens = self.processor.tokenizer.encode(self.processor.replace_image_token(processed, 0), add_special_tokens=False)
@@ -111,14 +115,22 @@ class TextLLM(FrozenMLLM):
     @classmethod
     def make_builder(cls, config: MLLMConfig) -> PrefixBuilder:
         """The tokenizer of the model that `config` names."""
-        _no_bounds(config)
+        _refuse(config, "min_pixels", "max_pixels", "vision_attention")
         tokenizer = from_pretrained(AutoTokenizer, config)
         if not tokenizer.chat_template:
             raise ValueError(f"mllm.path {config.path!r} has no chat template; name a model that was tuned to converse")
         return PrefixBuilder(tokenizer, images=None)
 
 
-def _no_bounds(config: MLLMConfig) -> None:
-    for name in ("min_pixels", "max_pixels"):
+def _within(image: Image.Image, pixels: int | None) -> Image.Image:
+    """The image, scaled down to no more than so many pixels."""
+    if pixels is None or image.width * image.height <= pixels:
+        return image
+    scale = (pixels / (image.width * image.height)) ** 0.5
+    return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), Image.Resampling.BICUBIC)
+
+
+def _refuse(config: MLLMConfig, *names: str) -> None:
+    for name in names:
         if getattr(config, name) is not None:
-            raise ValueError(f"mllm.{name}: the model at {config.path!r} has no such bound; leave it out")
+            raise ValueError(f"mllm.{name}: the model at {config.path!r} has no such setting; leave it out")

@@ -32,6 +32,9 @@ class MLLMConfig:
     """Pictures of fewer pixels are enlarged, where the family knows such a bound; None: as the model's files say."""
     max_pixels: int | None = None
     """Pictures of more pixels are scaled down; each 28 x 28 pixels are a token in Qwen2.5-VL, 32 x 32 in Qwen3-VL."""
+    vision_attention: str | None = None
+    """How the vision tower attends, in transformers' words. flash_attention_2, where flash-attn is installed, takes all
+    windows of Qwen2.5-VL's in one call; None (sdpa) takes one call each."""
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,10 @@ class Bridge(nn.Module):
 
     def forward(self, asked: Prefix | Prefilled | Heard) -> Tensor:
         """Prefix of B rows, or what the MLLM made of it -> conditioning [B, Q, C]. On a CPU, rows of like length are told
-        apart, where that spares looking at padding."""
+        apart, where that spares looking at padding; not at ZeRO 3, where ranks gather weights together, call by call."""
         states, looked = asked if isinstance(asked, Heard) else self.hear(asked)
-        if looked is None or looked.ages.is_cuda:
+        parted = any(hasattr(parameter, "ds_id") for parameter in self.connector.parameters())
+        if looked is None or looked.ages.is_cuda or parted:
             return self.connector(states, looked)
         lengths = (looked.ages != 0).sum(1).tolist()
         groups = by_length(lengths, GROUP_TOKENS)
@@ -149,12 +150,20 @@ class MetaQuery(nn.Module):
         """Pixels along a side of what it draws."""
         return self.latent_shape[1] * self.vae.factor
 
+    @property
+    def multiple(self) -> int:
+        """Pixels of which the sides of its pictures are multiples."""
+        return self.vae.factor * self.decoder.patch
+
     def shape_of(self, height: int, width: int) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of pictures of so many pixels. ValueError where the autoencoder takes other sides."""
-        factor = self.vae.factor
-        if min(height, width) < factor or height % factor or width % factor:
-            raise ValueError(f"height {height}, width {width}: the autoencoder takes multiples of {factor}, give such")
-        return self.latent_shape[0], height // factor, width // factor
+        """(c, h, w) of the latents of pictures of so many pixels. ValueError where VAE or decoder take other sides."""
+        if min(height, width) < self.multiple or height % self.multiple or width % self.multiple:
+            raise ValueError(f"height {height}, width {width}: VAE and decoder take multiples of {self.multiple}, give such")
+        shape = self.latent_shape[0], height // self.vae.factor, width // self.vae.factor
+        if self.decoder.one_shape and shape != self.latent_shape:
+            side = self.image_size
+            raise ValueError(f"height {height}, width {width}: this decoder draws {side} x {side} alone, give that")
+        return shape
 
     def place(self, device: torch.device | str) -> "MetaQuery":
         """Move everything, the parts held outside included; returns itself."""

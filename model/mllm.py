@@ -4,7 +4,6 @@ A new family is a line in the table below: `ImageTextToText` if its positions ha
 transformers' processor gives image tensors that can be joined on their first axis; else a class beside those of
 model/families.py. tests/test_families.py holds it against transformers' own class, once tests/tiny_families.py makes one."""
 
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -38,8 +37,12 @@ def load(config: MLLMConfig, device: torch.device | None = None) -> FrozenMLLM:
     missing or of a family we do not know."""
     family = _family(config)
     source, dtype = Source("mllm.path", config.path, config.revision), getattr(torch, config.dtype)
-    with nullcontext() if device is None or device.type == "cpu" else device:  # transformers loads where it stands
-        model = weights(source, family.model_class, dtype=dtype, trust_remote_code=False)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    if device is not None and device.type != "cpu":
+        options["device_map"] = {"": device}  # and not `with device`: rotary frequencies would be others in their last bits
+    if config.vision_attention is not None:
+        options["attn_implementation"] = {"vision_config": config.vision_attention}
+    model = weights(source, family.model_class, **options)
     return family(config, model, family.make_builder(config))
 
 

@@ -132,7 +132,7 @@ class Diffusion:
         self.config = config
         root = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.train_steps)
         log_abar = np.concatenate([[0.0], np.log1p(-(root**2)).cumsum()])
-        self._log_abar = torch.from_numpy(log_abar)  # [K + 1] float64 on the CPU, whatever torch's device; entry 0 is data
+        self._log_abar = torch.from_numpy(log_abar)  # [K + 1] float64, where it is asked for; entry 0 is data
 
     def times(self, index: Tensor, seed: int) -> Tensor:
         steps = self.config.train_steps
@@ -141,7 +141,9 @@ class Diffusion:
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         place = (t.double() * self.config.train_steps).clamp(0, self.config.train_steps)
         low = place.floor().long().clamp(max=self.config.train_steps - 1)
-        table = self._log_abar.to(t.device)
+        if self._log_abar.device != t.device:  # once, and not at each step of a drawing
+            self._log_abar = self._log_abar.to(t.device)
+        table = self._log_abar
         log_abar = torch.lerp(table[low], table[low + 1], place - low)
         return (0.5 * log_abar).exp().float(), (-torch.expm1(log_abar)).sqrt().float()
 

@@ -21,10 +21,9 @@ from data.transforms import TooManyPixels
 from model.prefix import Turn
 from sample.limits import Limits
 from sample.pictures import read_picture
-from sample.settings import Drawing, Guidance, SolverName
+from sample.settings import MAX_SEED, Drawing, Guidance, SolverName
 from sample.worker import Question
 
-MAX_SEED = 2**63 - 1
 DATA_URL = re.compile(r"data:image/(?:png|jpe?g|webp);base64,", re.IGNORECASE)
 SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
@@ -33,8 +32,9 @@ class Refused(HTTPException):
     """A request that is not served, and why."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        last = {408: {"Connection": "close"}, 413: {"Connection": "close"}, 429: {"Retry-After": "1"}}
-        super().__init__(status, message, headers=last.get(status))
+        close, once = {"Connection": "close"}, {"x-should-retry": "false"}  # OpenAI's clients would ask three times
+        headers = {408: close, 413: close, 429: {"Retry-After": "1"}, 500: once, 504: once}
+        super().__init__(status, message, headers=headers.get(status))
         self.param, self.code = param, code or HTTPStatus(status).name.lower()
 
     def body(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Painting(Shape):
     image_guidance: Number | None = None
     negative: str = ""
     solver: SolverName | None = None
-    background: Ignored = None
+    background: Annotated[str | None, _only("auto", "opaque")] = None
     moderation: Ignored = None
     output_compression: Ignored = None
     partial_images: Ignored = None
@@ -209,7 +209,8 @@ class ResponseFormat(Shape):
 
 
 class Chat(Shape):
-    """POST /v1/chat/completions: the body. A temperature that is not given is 0: the likeliest answer."""
+    """POST /v1/chat/completions: the body. A temperature that is not given is 0: the likeliest answer; above it, a seed that
+    is not given is drawn by lot."""
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=512)]
@@ -259,7 +260,14 @@ class Chat(Shape):
             for message in self.messages
         ]
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Question(tuple(turns), tokens, self.temperature or 0.0, self.seed or 0, tuple(text for text in stop if text))
+        return Question(
+            tuple(turns),
+            tokens,
+            self.temperature or 0.0,
+            randbelow(2**31) if self.seed is None else self.seed,
+            tuple(text for text in stop if text),
+            limits.answer_tokens,
+        )
 
 
 _ROLES: dict[str, Literal["system", "user", "assistant"]] = {

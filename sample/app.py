@@ -17,6 +17,7 @@ from typing import Any
 import tyro
 
 from sample.cli import run
+from sample.hosts import is_loopback
 
 HOST = "127.0.0.1"
 UPLOAD = "20mb"
@@ -109,7 +110,7 @@ def quiet(files: Path) -> None:
 
 
 class Sealed:
-    """Puts the policy above on every answer (ASGI)."""
+    """Puts the policy above on every answer, and answers this machine alone, by its own name (ASGI)."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -120,6 +121,12 @@ class Sealed:
                 message["headers"] = [*message.get("headers", ()), (b"content-security-policy", POLICY)]
             await send(message)
 
+        host = next((value for name, value in scope.get("headers", ()) if name == b"host"), b"localhost")
+        if scope["type"] == "http" and not is_loopback(host):
+            from starlette.responses import PlainTextResponse
+
+            await PlainTextResponse("this page is for this machine alone, by its own name", 403)(scope, receive, sealed)
+            return
         await self.app(scope, receive, sealed)
 
 

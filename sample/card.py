@@ -28,7 +28,7 @@ TOLD = (
     "optim.lr",
     "optim.weight_decay",
     "optim.warmup_steps",
-    "ema.halflife_samples",
+    "ema.halflife_images",
     "engine.precision",
     "task.align",
     "task.init",

@@ -2,7 +2,8 @@
 
 With a release the dialogue also draws: `/draw a red circle` draws from all that was said, and the picture joins the
 conversation, so that the next question can be about it and `/edit make it blue` changes it. A script writes the same lines
-to --once, or pipes as many as it likes, and reads --json, one line for each:
+to --once, or pipes as many as it likes, and reads --json, one line for each answer and picture, {"error": ...} for what went
+wrong (and exit code 2 at the end):
 
     python -m sample.chat --release RELEASE --once --json --image cat.png "what is this?"
     {"answer": "a cat", "picture": null, "seed": 0, "tokens": 95, "seconds_to_first_token": 0.21, "seconds": 0.35}
@@ -25,7 +26,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, UseAppendAction
 
 from sample.cli import run, sentence
-from sample.settings import Drawing
+from sample.settings import MAX_SEED, Drawing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,7 +41,7 @@ HELP = """/image PATH...     add pictures to the next question
 /reset             forget the conversation
 /help              this list
 /quit              leave (also Ctrl-D); Ctrl-C stops an answer"""
-MAX_SEED = 2**62
+MOST_SEED = MAX_SEED // 2  # so that pictures can be counted up from it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,8 @@ def check(args: Args) -> None:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} is too small; give at least 1")
     if not 0 <= args.temperature < math.inf:
         raise ValueError(f"--temperature {args.temperature} is impossible; give 0 (the likeliest token) or a bit more")
-    if not 0 <= args.seed <= MAX_SEED:
-        raise ValueError(f"--seed {args.seed} cannot be counted up from; give 0 to {MAX_SEED}")
+    if not 0 <= args.seed <= MOST_SEED:
+        raise ValueError(f"--seed {args.seed} cannot be counted up from; give 0 to {MOST_SEED}")
 
 
 @dataclass
@@ -142,29 +143,36 @@ class Chat:
             "/edit": self.edit,
             "/save": self.save,
             "/reset": self.reset,
-            "/help": lambda rest: print(HELP),
+            "/help": lambda rest: print(HELP, file=sys.stderr if self.args.json else sys.stdout),
         }
         if self.args.resume is not None:
             self.pictures = [*resume(self.args.resume, self.session), *self.pictures]
 
     def talk(self) -> None:
-        """Reads lines until /quit or the end of input; what a line gets wrong is said, and the dialogue goes on."""
-        if sys.stdin.isatty():
+        """Reads lines until /quit or the end of input; what a line gets wrong is said, and the dialogue goes on. SystemExit
+        at the end where a script's line was wrong."""
+        failed, person = False, sys.stdin.isatty()
+        if person:
             import readline  # noqa: F401  # lends `input` its history and arrow keys
 
             print(HELP)
         while True:
             try:
-                line = input("> " if sys.stdin.isatty() else "").strip()
+                line = input("> " if person else "").strip()
                 if line == "/quit":
-                    return
+                    break
                 self.obey(line)
             except EOFError:
-                return
+                break
             except (ValueError, OSError) as error:
+                failed = True
                 print(f"error: {sentence(error)}", file=sys.stderr)
+                if self.args.json:
+                    print(json.dumps({"error": sentence(error)}), flush=True)
             except KeyboardInterrupt:
                 print("\n(stopped; /quit leaves)", file=sys.stderr)
+        if failed and not person:
+            raise SystemExit(2)
 
     def obey(self, line: str) -> None:
         """One line of a dialogue: a command or a question."""
@@ -233,7 +241,7 @@ class Chat:
         self.pictures = []
 
     def _draw(self, prompt: str, pictures: list["Image.Image"]) -> None:
-        from sample.generate import save, settings
+        from sample.drawn import about, save
 
         session, args = self.session, self.args
         told, clock = Told(seed=args.seed + self.drawn), Clock(session.dialogue.tokens_read)
@@ -255,13 +263,14 @@ class Chat:
                 think=args.think,
                 tell=tell,
                 max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
             )
-        about = {"prompt": prompt, "seed": told.seed, **settings(args.drawing)}
         if args.think:
-            told.answer = about["plan"] = "".join(plan)
+            told.answer = "".join(plan)
         assert session.pipeline is not None
+        release = session.pipeline.fingerprint
         path = next(p for n in count(self.drawn) if not (p := args.out / f"drawn-{n:03d}.png").exists())
-        save(path, picture, {**about, "release": session.pipeline.fingerprint, "software": "querybridge"})
+        save(path, picture, about(prompt, told.seed, args.drawing, release, plan=told.answer))
         self.drawn += 1
         self.pictures = []
         told.picture = str(path)

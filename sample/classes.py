@@ -50,7 +50,7 @@ class Args:
     shard: str = "0/1"
     """i/n: draw every n-th picture from i on, counted from 0."""
     batch_size: int = 32
-    """Pictures drawn at once; changes speed and memory, never a picture."""
+    """Pictures drawn at once; changes speed and memory, and a picture by its rounding alone."""
     npz: Path | None = None
     """Where to pack all pictures."""
 
@@ -89,6 +89,8 @@ def draw(args: Args, decoder: "LabelledDecoder", numbers: list[int]) -> None:
     from sample.pipeline import default_device
 
     decoder.to(default_device())
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32, as the official script draws
     guidance = Guidance(args.guidance, end=args.guidance_end)
     starts = range(0, len(numbers), args.batch_size)
     for start in progress("drawing")(starts):
@@ -111,7 +113,7 @@ def about(args: Args, number: int, decoder: "LabelledDecoder") -> dict[str, obje
 
 def path_of(args: Args, number: int) -> Path:
     """The file of a picture."""
-    return args.out / f"{number:06d}.png"
+    return args.out / f"{number:0{max(6, len(str(args.n - 1)))}d}.png"
 
 
 def pack(args: Args, classes: int) -> None:

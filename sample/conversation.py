@@ -12,13 +12,13 @@ from typing import Literal
 from PIL import Image
 
 from model.files import dump_config, parse_config, read_json, write_json, write_whole
-from model.prefix import Turn
+from model.prefix import DRAW_SYSTEM, Turn
 from sample.pictures import open_picture, png
 from sample.session import Session
 
 
 @dataclass(frozen=True)
-class Said:
+class SavedTurn:
     """A turn; images by the names of their files."""
 
     role: Literal["system", "user", "assistant"]
@@ -30,14 +30,16 @@ class Said:
 class Saved:
     """A conversation as its file has it."""
 
-    turns: tuple[Said, ...]
+    turns: tuple[SavedTurn, ...]
     joining: tuple[str, ...] = ()
     """Pictures of the user's next turn."""
 
 
 def save(path: Path, session: Session, joining: Sequence[Image.Image] = ()) -> None:
     """Write the conversation, and the pictures that join it with the next turn; whole or, of the JSON, not at all."""
-    turns = tuple(Said(turn.role, turn.text, tuple(_write(path, image) for image in turn.images)) for turn in session.turns)
+    turns = tuple(
+        SavedTurn(turn.role, turn.text, tuple(_write(path, image) for image in turn.images)) for turn in session.turns
+    )
     saved = Saved(turns, tuple(_write(path, image) for image in joining))
     write_whole(path, lambda temporary: write_json(temporary, dump_config(saved)))
 
@@ -51,6 +53,8 @@ def resume(path: Path, session: Session) -> list[Image.Image]:
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give one that /save wrote")
     saved = parse_config(Saved, read_json(path), path)
+    first = saved.turns[0] if saved.turns else None
+    session.system = first.text if first and first.role == "system" and first.text != DRAW_SYSTEM else None
     session.turns = [Turn(said.role, said.text, tuple(_read(path, name) for name in said.images)) for said in saved.turns]
     return [_read(path, name) for name in saved.joining]
 

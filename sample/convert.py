@@ -1,4 +1,4 @@
-"""A checkpoint of the official REPA-E code -> a release: vae/, sit/ and noise.json, as a run of configs/repae.py leaves.
+"""A checkpoint of the official REPA-E code -> a release: vae/ and sit/, as a run of configs/repae.py leaves.
 
     python -m sample.convert 0400000.pt --out releases/xl-f8d4
 
@@ -22,12 +22,10 @@ from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from model.decoder import save_sit
-from model.files import check_new, dump_config, match, publish, write_json
+from model.files import check_new, match, publish
 from model.labels import LABELS_FILE
-from model.noise import FlowConfig
 from model.sit import SIZES, SiT, SiTConfig
 from sample.cli import run
-from sample.labelled import NOISE_FILE
 
 Tensors = Mapping[str, Tensor]
 
@@ -92,8 +90,7 @@ def convert(checkpoint: Path, release: Path) -> None:
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=variance.sqrt().tolist())
     with publish(release) as draft:
         vae.save_pretrained(draft / "vae")
-        save_sit(draft / "sit", sit, {LABELS_FILE: {"embed_word.weight": labels}})
-        write_json(draft / NOISE_FILE, dump_config(FlowConfig()))
+        save_sit(draft / "sit", sit, beside={LABELS_FILE: {"embed_word.weight": labels}})
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:

@@ -40,14 +40,15 @@ def score(
     for each in watch(list(_batches(data, n, batch_size))):
         words, places = told.whole(each, seed)
         batch, whole = each.to(device), (words.to(device), places.to(device))
-        latents = decoder.vae.encode(batch.pixels)  # [B, c, h, w]
-        rebuilt += psnr(decoder.vae.decode(latents), batch.pixels).tolist()
+        pixels = batch.pixels  # [B, 3, H, W]
+        latents = decoder.vae.encode(pixels)  # [B, c, h, w]
+        rebuilt += psnr(decoder.vae.decode(latents), pixels).tolist()
         variances += spatial_variance(decoder.vae.raw(latents)).tolist()
         t, eps = (part.to(device) for part in (decoder.noising.times(each.index, seed), noise(each.index, seed, shape)))
         velocity = decoder.sit(decoder.noising.mix(latents, eps, t), t, decoder.labels(*whole)).prediction
         errors += (velocity - decoder.noising.target(latents, eps, t)).square().flatten(1).mean(1).tolist()
         drawn = decoder.draw(whole, [seed + number for number in each.index.tolist()], steps)
-        for pictures, features in ((batch.pixels, seen), (drawn, made)):
+        for pictures, features in ((pixels, seen), (drawn, made)):
             features.append(target(pictures, FEATURE_GRID).mean(1).cpu())  # [B, E]
     return {
         "decoder.local_feature_distance": Measure(frechet(torch.cat(made), torch.cat(seen)), n=n),

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from PIL import Image
 
+from sample.settings import Drawing
+
 T = TypeVar("T")
 
 
@@ -30,6 +32,12 @@ def ranks() -> tuple[int, int]:
     if not 0 <= rank < world:
         raise ValueError(f"environment: RANK is {rank} and WORLD_SIZE {world}; launch with torchrun, or unset RANK")
     return rank, world
+
+
+def about(prompt: str, seed: object, drawing: Drawing, release: str, **more: object) -> dict[str, object]:
+    """What a picture's file says of itself: what decides it, and `more` that is not empty."""
+    told = {name: value for name, value in more.items() if value}
+    return {"prompt": prompt, "seed": seed, **told, "release": release, **drawing.told(), "software": "querybridge"}
 
 
 def save(path: Path, picture: Image.Image, about: Mapping[str, object]) -> None:

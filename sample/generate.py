@@ -23,7 +23,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
 from sample.cli import run
-from sample.drawn import is_there, ranks, save, share
+from sample.drawn import about, is_there, ranks, save, share
 from sample.layouts import LAYOUTS, LayoutName
 from sample.progress import progress
 from sample.prompts import Job, Line, jobs_of, read_lines
@@ -61,7 +61,7 @@ class Args:
     shard: str = "0/1"
     """i/n: draw every n-th picture from i on, counted from 0."""
     batch_size: int = 16
-    """Pictures drawn at once; changes speed and memory, never a picture."""
+    """Pictures drawn at once; changes speed and memory, and a picture by its rounding alone."""
     grid: bool = False
     """Also write OUT-grid.png beside the folder, all pictures with their prompts."""
     drawing: Annotated[Drawing, OmitArgPrefixes] = Drawing()
@@ -103,28 +103,30 @@ def plan(args: Args) -> tuple[list[Job], list[tuple[Path, str]]]:
 
 
 def draw(args: Args, jobs: Sequence[Job]) -> None:
-    """Draws what is not there yet; everything is checked before the first file is written."""
+    """Draws what is not there yet; all but the pixels of source pictures is checked before the first file is written."""
     # heavy imports wait until the arguments are right, so that --help stays instant
     from model.files import sha256_of
-    from sample.pictures import open_picture
+    from sample.pictures import check_picture, open_picture
     from sample.pipeline import Pipeline
 
     opened = lru_cache(OPEN)(open_picture)
     sources = dict.fromkeys(path for job in jobs for path in job.line.images)
     for path in sources:
-        opened(path)  # says what is wrong with it
+        check_picture(path)
     digests = {path: sha256_of(path) for path in sources}
     pipeline = Pipeline.from_release(args.release)
+    if sources and pipeline.model.mllm.builder.images is None:
+        raise ValueError(f"--release {args.release}: its MLLM sees no pictures; leave out --image and images")
     drawings = {job.name: drawing_of(args.drawing, job.line) for job in jobs}
     pipeline.check([job.line.prompt for job in jobs] + [drawing.negative for drawing in drawings.values()])
     for height, width in {(each.height, each.width) for each in drawings.values()}:
         pipeline.model.shape_of(height or pipeline.model.image_size, width or pipeline.model.image_size)
-    about = {job.name: _about(job, drawings[job.name], pipeline.fingerprint, digests) for job in jobs}
-    left = [job for job in jobs if not is_there(args.out / job.name, about[job.name])]
+    told = {job.name: _about(job, drawings[job.name], pipeline.fingerprint, digests) for job in jobs}
+    left = [job for job in jobs if not is_there(args.out / job.name, told[job.name])]
     for job, picture in drawn(pipeline, left, drawings, args.batch_size, opened):
-        save(args.out / job.name, picture, about[job.name])
+        save(args.out / job.name, picture, told[job.name])
     if args.grid:
-        _grid(args, jobs, {"release": pipeline.fingerprint, **settings(args.drawing), "software": "querybridge"})
+        _grid(args, jobs, {"release": pipeline.fingerprint, **args.drawing.told(), "software": "querybridge"})
     there = f", {len(jobs) - len(left)} of them there before" if len(left) < len(jobs) else ""
     if jobs:
         print(f"{len(jobs)} pictures in {args.out}{there}")
@@ -167,25 +169,10 @@ def drawing_of(drawing: Drawing, line: Line) -> Drawing:
     return replace(drawing, **{name: value for name, value in own.items() if value is not None})
 
 
-def settings(drawing: Drawing) -> dict[str, object]:
-    """The drawing's values as a picture's file tells them."""
-    values = {**vars(drawing), **vars(drawing.guidance)}
-    values["guidance"] = values.pop("text")
-    return values
-
-
 def _about(job: Job, drawing: Drawing, release: str, digests: dict[Path, str]) -> dict[str, object]:
     """What decides a picture, and what it is called."""
-    line = job.line
-    own = {"id": line.id, "images": " ".join(digests[path] for path in line.images)}
-    return {
-        "prompt": line.prompt,
-        "seed": " ".join(map(str, job.seeds)),
-        **{key: value for key, value in own.items() if value},
-        "release": release,
-        **settings(drawing),
-        "software": "querybridge",
-    }
+    line, images = job.line, " ".join(digests[path] for path in job.line.images)
+    return about(line.prompt, " ".join(map(str, job.seeds)), drawing, release, id=line.id, images=images)
 
 
 def _grid(args: Args, jobs: Sequence[Job], about: dict[str, object]) -> None:

@@ -31,6 +31,7 @@ def guided(predict: Callable[[Tensor, Tensor, Tensor], Tensor], branches: Sequen
     active = [branch for branch in branches if branch.weight != 0]
     conditions = torch.cat([branch.condition for branch in active])  # [branches * B, L, C]
     everywhere = guidance.start == 0 and guidance.end == 1
+    alone = len(active) == 1 and (everywhere or active[0] is branches[-1])
 
     def predict_under(condition: Tensor) -> Predict:
         return lambda x, t: predict(x, t, condition)
@@ -43,7 +44,7 @@ def guided(predict: Callable[[Tensor, Tensor, Tensor], Tensor], branches: Sequen
         mixed = torch.stack([b.weight * p for b, p in zip(active, every, strict=True)]).sum(0)  # [B, c, h, w]
         return rescaled(mixed, every[-1], guidance.rescale)
 
-    return predict_under(conditions) if len(active) == 1 else predict_guided
+    return predict_under(conditions) if alone else predict_guided
 
 
 def rescaled(guided_prediction: Tensor, conditional: Tensor, share: float) -> Tensor:

@@ -1,6 +1,6 @@
 """The release of a decoder that was trained on labels -> pictures, without any language model.
 
-A release of `train.repae`: vae/, sit/ and noise.json. Letters: B pictures of a batch, L label tokens, K words a token, c h w
+A release of `train.repae`: vae/ and sit/. Letters: B pictures of a batch, L label tokens, K words a token, c h w
 latent channels, height, width."""
 
 from collections.abc import Sequence
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from model.assets import fingerprint, tensors_of
-from model.decoder import load_sit
-from model.files import parse_config, read_json
+from model.decoder import load_sit, noise_of
 from model.labels import UNKNOWN, Labels, load_labels
-from model.noise import FlowConfig, Noising, build_noising, noise
+from model.noise import Noising, build_noising, noise
 from model.sit import SiT
 from model.vae import LatentVAE, VAEConfig, load_vae
 from sample.guidance import Branch, guided
@@ -23,7 +22,6 @@ from sample.pipeline import noise_from
 from sample.settings import Guidance, SolverName
 from sample.solver import After, Fresh, solve
 
-NOISE_FILE = "noise.json"
 START = 1  # the stream of addressed noise in which a picture's seed names where it starts
 Told = tuple[Tensor, Tensor]
 """Words [B, L, K] and places [B, L, 3]."""
@@ -98,9 +96,8 @@ class LabelledDecoder:
 
 def load_decoder(release: Path) -> LabelledDecoder:
     """The decoder of a release, on CPU. Raises ValueError when a part is missing."""
-    file = release / NOISE_FILE
-    if not file.is_file():
-        raise ValueError(f"{release} has no {NOISE_FILE}; name the release of a run of configs/repae.py")
-    noising = build_noising(parse_config(FlowConfig, read_json(file), file))
+    if not (release / "sit").is_dir():
+        raise ValueError(f"{release} has no sit; name the release of a run of configs/repae.py")
+    noising = build_noising(noise_of(str(release / "sit")))
     sit = load_sit(str(release / "sit")).eval().requires_grad_(False)
     return LabelledDecoder(sit, load_vae(VAEConfig(str(release / "vae"))), load_labels(release / "sit"), noising)

@@ -30,7 +30,8 @@ from tyro.conf import Positional, arg
 from sample.cli import run
 from sample.drawn import read_about
 from sample.progress import progress
-from sample.prompts import MAX_SEED, Job, Line, lines_of, read_text
+from sample.prompts import Job, Line, lines_of, read_text
+from sample.settings import MAX_SEED
 
 SHOWN = 5  # names in a list of problems
 

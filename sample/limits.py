@@ -39,7 +39,7 @@ class Capacity:
     """How much is done, and waits, at a time."""
 
     batch: int = 8
-    """Pictures drawn as one batch; changes speed and memory, never a picture."""
+    """Pictures drawn as one batch; changes speed and memory, and a picture by its rounding alone."""
     answers: int = 8
     """Answers under way; each holds a key/value cache."""
     waiting: int = 64

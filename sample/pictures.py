@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data.transforms import MAX_PIXELS, decode_image, to_rgb
+from data.transforms import MAX_PIXELS, decode_image, format_of, to_rgb
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP")  # MPO: a camera's JPEG with a small one beside it
 REMEDY = "give a whole PNG, JPEG or WebP file"
@@ -22,6 +22,18 @@ def open_picture(path: Path) -> Image.Image:
     if not path.is_file():
         raise ValueError(f"image {path} is not a file; {REMEDY}")
     return read_picture(path.read_bytes(), f"image {path}")
+
+
+def check_picture(path: Path) -> None:
+    """Raises ValueError for what the name and the header of a file show to be wrong; no pixel is decoded."""
+    if not path.is_file():
+        raise ValueError(f"image {path} is not a file; {REMEDY}")
+    try:
+        kind = format_of(path)
+    except ValueError as error:
+        raise ValueError(f"image {path}: {error}; {REMEDY}") from error
+    if kind not in FORMATS:
+        raise ValueError(f"image {path} is of type {kind}; {REMEDY}")
 
 
 def read_picture(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:

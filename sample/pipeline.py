@@ -191,8 +191,8 @@ def noise_from(generators: Sequence[torch.Generator], shape: Sequence[int], devi
     """Asked for, gaussian noise [B, *shape] on `device`: a row from each generator, made where it lives."""
 
     def fresh() -> Tensor:
-        rows = [torch.randn(*shape, generator=each, device=each.device).to(device) for each in generators]
-        return torch.stack(rows)
+        rows = [torch.randn(*shape, generator=each, device=each.device) for each in generators]
+        return torch.stack(rows).to(device)
 
     return fresh
 

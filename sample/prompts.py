@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-MAX_SEED = 2**63 - 1
+from sample.settings import MAX_SEED
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,10 @@ def jobs_of(lines: Sequence[Line], n: int, seed: int) -> list[Job]:
     if not 0 <= seed <= MAX_SEED - sum(counts):
         raise ValueError(f"--seed {seed} cannot be counted up from; give 0 to {MAX_SEED - sum(counts)}")
     jobs: list[Job] = []
+    digits = max(5, len(str(sum(counts) - 1)))  # so that names sort as pictures are counted
     for line, count in zip(lines, counts, strict=True):
         first = seed + len(jobs) if line.seed is None else line.seed
-        jobs += [Job(f"{len(jobs) + k:05d}.png", (first + k,), line) for k in range(count)]
+        jobs += [Job(f"{len(jobs) + k:0{digits}d}.png", (first + k,), line) for k in range(count)]
     return jobs
 
 

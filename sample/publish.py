@@ -238,7 +238,7 @@ def redraw(folder: Path) -> Image.Image:
 def _kind(release: Path) -> Literal["metaquery", "labelled"]:
     if (release / "config.json").is_file():
         return "metaquery"
-    if (release / "noise.json").is_file() and (release / "sit").is_dir():
+    if (release / "sit").is_dir():
         return "labelled"
     raise ValueError(f"{release} is no release; name the folder of a bridge, or of a run of configs/repae.py")
 
@@ -287,7 +287,6 @@ def _labelled(args: Export, draft: Path) -> dict[str, Any]:
 
         _save_pipeline(SiTPipeline.from_release(args.release), args, draft)
     else:
-        shutil.copyfile(args.release / "noise.json", draft / "noise.json")
         for part in ("vae", "sit"):
             shutil.copytree(args.release / part, draft / part)
         for path in sorted(draft.rglob("*.safetensors")) if args.dtype == "bf16" else ():

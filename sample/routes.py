@@ -2,15 +2,12 @@
 
 import asyncio
 import base64
-import hmac
 import json
 import logging
 import time
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from fastapi import FastAPI, Request, Response
@@ -20,10 +17,11 @@ from PIL import Image
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from sample.api import Chat, Painting, Refused, Repainting, read_pictures, refused
-from sample.generate import settings
+from sample.door import EDITS, Door
+from sample.drawn import about
 from sample.limits import Limits
 from sample.pictures import png
 from sample.pipeline import Asked
@@ -31,13 +29,6 @@ from sample.worker import Full, Question, Said, Stopped, Worker
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-EDITS = "/v1/images/edits"
-OPEN = ("/health",)
-"""What needs no key."""
-DRAINED = 4
-"""A body that is too large is read up to so many times the limit, and forgotten: clients that are still sending would
-else not see why."""
 
 
 def make_app(worker: Worker, name: str, limits: Limits = Limits(), keys: Sequence[str] = ()) -> ASGIApp:
@@ -59,6 +50,8 @@ def make_app(worker: Worker, name: str, limits: Limits = Limits(), keys: Sequenc
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        if not worker.well:
+            raise Refused(503, "what was asked last has failed, for no fault of its own; see the log, and start anew")
         return {"status": "ok"}
 
     @app.get("/metrics")
@@ -125,10 +118,10 @@ def make_app(worker: Worker, name: str, limits: Limits = Limits(), keys: Sequenc
             worker.pipeline.model.shape_of(drawing.height, drawing.width)
         waiting = worker.draw(Asked(asked.prompt, images), seeds, drawing)
         pictures = await unless_gone(request, all_of(waiting, limits.request_seconds))
-        about = {"release": worker.pipeline.fingerprint, **settings(drawing), "software": "querybridge"}
+        release = worker.pipeline.fingerprint
 
         def data() -> list[dict[str, object]]:
-            files = [png(p, {"prompt": asked.prompt, "seed": s, **about}) for p, s in zip(pictures, seeds, strict=True)]
+            files = [png(p, about(asked.prompt, s, drawing, release)) for p, s in zip(pictures, seeds, strict=True)]
             return [{"b64_json": base64.b64encode(f).decode(), "seed": s} for f, s in zip(files, seeds, strict=True)]
 
         size = f"{pictures[0].width}x{pictures[0].height}"
@@ -273,125 +266,3 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     finally:
         task.cancel()
         leaving.cancel()
-
-
-class Door:
-    """Lets requests in that hold a key and are no larger, slower or more than they may; counts and logs them.
-
-    The log has method, path, status and time: no query, header or body, so nothing secret."""
-
-    def __init__(self, app: FastAPI, limits: Limits, keys: Sequence[bytes]):
-        self.app, self.limits, self.keys = app, limits, keys
-        self.under_way = 0
-        self.served: Counter[tuple[str, int]] = Counter()  # by path and status
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        began, status = time.monotonic(), 499
-
-        async def tell(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        self.under_way += 1
-        try:
-            self._check(scope)
-            await self.app(scope, self._measured(scope, receive), tell)
-        except Refused as error:
-            await JSONResponse(error.body(), error.status_code, error.headers)(scope, receive, tell)
-        finally:
-            self.under_way -= 1
-            elapsed = time.monotonic() - began
-            path = scope["path"] if scope["path"] in self.routes else "other"
-            self.served[path, status] += 1
-            self.seconds[path] += elapsed
-            log.info("%s %s %d %.3f s", scope["method"], path, status, elapsed)
-
-    @property
-    def routes(self) -> set[str]:
-        """What is served."""
-        return {getattr(route, "path", "") for route in self.app.routes}
-
-    def _check(self, scope: Scope) -> None:
-        headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
-        if self.under_way > self.limits.requests:
-            raise Refused(429, "too many requests are under way; ask again in a moment")
-        if self.keys and scope["path"] not in OPEN and not self._knows(headers.get("authorization", b"")):
-            raise Refused(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY")
-        if not self.keys and not _loopback(headers.get("host", b"localhost")):
-            raise Refused(403, "without API keys only this machine is served, by its own name")
-        if scope["method"] == "POST":
-            kind = headers.get("content-type", b"").split(b";")[0].strip().lower()
-            expected = b"multipart/form-data" if scope["path"] == EDITS else b"application/json"
-            if scope["path"] in self.routes and kind != expected:
-                raise Refused(415, f"the content type must be {expected.decode()}")
-
-    def _knows(self, authorization: bytes) -> bool:
-        scheme, _, key = authorization.partition(b" ")
-        return scheme.lower() == b"bearer" and any([hmac.compare_digest(key.strip(), known) for known in self.keys])
-
-    def _measured(self, scope: Scope, receive: Receive) -> Receive:
-        """The same, up to the limit of a body and the time for it."""
-        limit = int(self.limits.body_megabytes * 1e6)
-        declared = next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
-        end = time.monotonic() + self.limits.body_seconds
-        length, arrived = 0, False
-
-        async def measured() -> Message:
-            nonlocal length, arrived
-            if arrived:
-                return await receive()
-            try:
-                async with asyncio.timeout(end - time.monotonic()):
-                    message = await arriving(receive)
-                    length += len(message.get("body", b""))
-                    too_large = max(length, declared) > limit
-                    while too_large and message.get("more_body") and max(length, declared) <= DRAINED * limit:
-                        message = await arriving(receive)
-                        length += len(message.get("body", b""))
-            except TimeoutError as error:
-                raise Refused(408, "the body did not arrive in time") from error
-            if too_large:
-                raise Refused(413, f"the body is above {self.limits.body_megabytes:g} MB; send less")
-            arrived = not message.get("more_body", False)
-            return message
-
-        return measured
-
-    def metrics(self, worker: Worker) -> str:
-        """What was done so far, as Prometheus reads it."""
-        lines: list[str] = []
-
-        def family(name: str, kind: str, values: Mapping[str, float]) -> None:
-            lines.append(f"# TYPE querybridge_{name} {kind}")
-            lines.extend(f"querybridge_{name}{labels} {value}" for labels, value in values.items())
-
-        served = {f'{{path="{path}",status="{status}"}}': count for (path, status), count in sorted(self.served.items())}
-        family("requests_total", "counter", served)
-        family("request_seconds_total", "counter", {f'{{path="{p}"}}': s for p, s in sorted(self.seconds.items())})
-        family("requests_under_way", "gauge", {"": self.under_way})
-        family("waiting", "gauge", {f'{{kind="{kind}"}}': count for kind, count in worker.waiting.items()})
-        for name in ("pictures", "batches", "answers", "tokens", "prompt_tokens"):
-            family(f"{name}_total", "counter", {"": worker.done[name]})
-        return "\n".join(lines) + "\n"
-
-
-async def arriving(receive: Receive) -> Message:
-    """The next part of a body. Raises Refused where the client is gone."""
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise Refused(499, "the client went before its body had arrived", code="client_closed_request")
-    return message
-
-
-def _loopback(host: bytes) -> bool:
-    try:
-        return urlsplit(f"//{host.decode('latin-1')}").hostname in ("localhost", "127.0.0.1", "::1")
-    except ValueError:
-        return False

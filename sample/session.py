@@ -61,9 +61,11 @@ class Session:
         think: bool = False,
         tell: Callable[[str], object] | None = None,
         max_new_tokens: int = 256,
+        temperature: float = 0.0,
     ) -> Image.Image:
         """A picture from the whole conversation and `text`; it joins the user's next turn. `think`: a plan of
-        up to `max_new_tokens` is written first, of which `tell` is given the pieces, and drawn from too.
+        up to `max_new_tokens` is written first, at that temperature and with the picture's seed; `tell` is given its pieces,
+        and the picture follows it too.
 
         Raises:
             ValueError: nothing here draws, or something cannot be read, is too long or impossible.
@@ -76,7 +78,8 @@ class Session:
         asked = [*begun, Turn("user", text, sources)]
         if think:
             thought = [*begun, Turn("user", f"{text}\n{THINK}", sources)]
-            plan = self._plan(thought, max_new_tokens, tell or (lambda piece: None))
+            pieces = self.dialogue.reply(thought, max_new_tokens, temperature, seed)
+            plan = "".join(_told(pieces, tell or (lambda piece: None)))
             asked = [*thought, Turn("assistant", plan), Turn("user", text)]
         with torch.no_grad():
             condition = model.condition(self.dialogue.read(asked, room=model.config.queries))
@@ -85,16 +88,15 @@ class Session:
         self.drawn = (picture,) if self.mllm.builder.images is not None else ()
         return picture
 
-    def _plan(self, asked: list[Turn], max_new_tokens: int, tell: Callable[[str], object]) -> str:
-        plan: list[str] = []
-        for piece in self.dialogue.reply(asked, max_new_tokens):
-            plan.append(piece)
-            tell(piece)
-        return "".join(plan)
-
     def _answer(self, asked: list[Turn], pieces: Iterator[str]) -> Generator[str, None, None]:
         said: list[str] = []
         for piece in pieces:
             said.append(piece)
             yield piece
         self.turns, self.drawn = [*asked, Turn("assistant", "".join(said))], ()
+
+
+def _told(pieces: Iterator[str], tell: Callable[[str], object]) -> Iterator[str]:
+    for piece in pieces:
+        tell(piece)
+        yield piece

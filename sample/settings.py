@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+MAX_SEED = 2**63 - 1  # that a generator of torch takes
 SolverName = Literal["dpm++", "unipc", "euler", "heun", "euler_maruyama"]
 
 
@@ -32,6 +33,8 @@ class Guidance:
             raise ValueError(f"guidance: start {self.start} and end {self.end} must be ordered within [0, 1]")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance: rescale {self.rescale} must lie in [0, 1]")
+        if self.rescale and self.text == 0:
+            raise ValueError("guidance: rescale has nothing to pull back to at guidance 0; set one of them otherwise")
 
     def weights(self, with_images: bool) -> tuple[float, float, float]:
         """Weights of the branches (nothing, images only, everything); they sum to 1."""
@@ -59,3 +62,9 @@ class Drawing:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps: {self.steps} is too few; take at least one")
+
+    def told(self) -> dict[str, object]:
+        """Its values as a picture's file tells them."""
+        values = {**vars(self), **vars(self.guidance)}
+        values["guidance"] = values.pop("text")
+        return values

@@ -23,8 +23,8 @@ from sample.settings import SolverName
 
 Fresh = Callable[[], Tensor]
 """New gaussian noise [B, c, h, w], asked for once per step by a stochastic solver."""
-Step = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t [B, c, h, w], t [B], the next time s [B]) -> x_s."""
+Step = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+"""(x_t [B, c, h, w], t [B], the next time s [B], whether that is the last, 0) -> x_s."""
 After = Callable[[int, Tensor, Tensor], Tensor | None]
 """(step number from 0, its t [B], x [B, c, h, w] after it) -> the x to go on from; None ends the drawing at this x."""
 
@@ -58,7 +58,7 @@ def solve(
     x = noise.float()
     grid = noising.grid(steps).to(noise.device)  # [steps + 1]
     for number, (t, s) in enumerate(pairwise(grid)):
-        x = step(x, t.expand(len(x)), s.expand(len(x)))
+        x = step(x, t.expand(len(x)), s.expand(len(x)), number == steps - 1)
         if after is not None:
             changed = after(number, t.expand(len(x)), x)
             if changed is None:
@@ -69,16 +69,16 @@ def solve(
 
 def euler(predict: Predict, noising: Noising, steps: int, fresh: Fresh) -> Step:
     """First order; for diffusion this is DDIM (Song et al. 2021, eq. 12 with sigma = 0)."""
-    return lambda x, t, s: noising.mix(*_pair(predict, x, t, noising), s)
+    return lambda x, t, s, last: noising.mix(*_pair(predict, x, t, noising), s)
 
 
 def heun(predict: Predict, noising: Noising, steps: int, fresh: Fresh) -> Step:
     """Second order: the mean of the steps at both ends (Karras et al. 2022, alg. 1); Euler for the last step."""
 
-    def step(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    def step(x: Tensor, t: Tensor, s: Tensor, last: bool) -> Tensor:
         pair = _pair(predict, x, t, noising)
         ahead = noising.mix(*pair, s)  # x_s by Euler
-        if s[0] == 0:
+        if last:
             return ahead
         later = _pair(predict, ahead, s, noising)
         return (ahead + x + noising.mix(*later, s) - noising.mix(*later, t)) / 2
@@ -89,10 +89,10 @@ def heun(predict: Predict, noising: Noising, steps: int, fresh: Fresh) -> Step:
 def euler_maruyama(predict: Predict, noising: Noising, steps: int, fresh: Fresh) -> Step:
     """The reverse SDE with diffusion w = 2 sigma(t), whose drift adds eps (SiT, Ma et al. 2024); no noise at the end."""
 
-    def step(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    def step(x: Tensor, t: Tensor, s: Tensor, last: bool) -> Tensor:
         data, eps = _pair(predict, x, t, noising)
         x = noising.mix(data, eps, s)
-        if s[0] == 0:
+        if last:
             return x
         _, sigma = noising.levels(t)
         dt = (t - s)[0]  # > 0: how far towards the data
@@ -120,8 +120,8 @@ def _multistep(kind: Any, predict: Predict, noising: Noising, steps: int) -> Ste
     alpha, sigma = noising.levels(noising.grid(steps))
     scheduler.sigmas = sigma if flow else sigma / alpha
 
-    def step(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        data, _ = _pair(predict, x, t, noising)
+    def step(x: Tensor, t: Tensor, s: Tensor, last: bool) -> Tensor:
+        data = noising.to_data(x, predict(x, t), t)
         return scheduler.step(data, 0, x, return_dict=False)[0]
 
     return step

@@ -12,7 +12,7 @@ from typing import cast, get_args
 from PIL import Image
 
 from data.transforms import to_pil
-from sample.generate import settings
+from sample.drawn import about
 from sample.jobs import Jobs, Tell
 from sample.pictures import open_picture
 from sample.pipeline import Asked, Pipeline, Progress, Watch
@@ -69,8 +69,8 @@ class Studio:
             watch = previews(self.pipeline, drawing, lambda note, pictures: tell(View(note, first, pictures)))
             drawn = self.pipeline([Asked(words, sources)] * len(seeds), seeds, drawing, watch)
             for picture, own in zip(drawn, seeds, strict=True):
-                about = {"prompt": words, "seed": own, "release": self.pipeline.fingerprint, **settings(drawing)}
-                picture.info.update({name: str(value) for name, value in about.items()})  # written into its file
+                told = about(words, own, drawing, self.pipeline.fingerprint)
+                picture.info.update({name: str(value) for name, value in told.items()})  # written into its file
             tell(View(f"{_amount(len(seeds))} in {monotonic() - start:.1f} s", first, tuple(drawn), done=True))
 
         return self.jobs.stream(job)

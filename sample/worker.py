@@ -44,11 +44,12 @@ class Question:
 
     turns: tuple[Turn, ...]
     max_new_tokens: int | None = None
-    """None: `DEFAULT_TOKENS`, or what the model's context leaves."""
+    """None: `longest`, or what the model's context leaves."""
     temperature: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
     """What ends the answer, and is not said."""
+    longest: int = 1024
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Said:
 Hear = Callable[[str], None]
 """Takes a piece of an answer, on the worker's thread: it must not block. The first is empty: the question was read."""
 
-DEFAULT_TOKENS = 256
+SICK = 3  # jobs in a row that failed for no fault of their own
 
 
 @dataclass(eq=False)
@@ -99,7 +100,7 @@ class Worker:
         self._questions: deque[_Answered] = deque()
         self._answers: list[_Answered] = []
         self._dialogues: deque[tuple[tuple[Turn, ...], Dialogue]] = deque(maxlen=capacity.conversations)
-        self._stopped = False
+        self._stopped, self._failed = False, 0  # failures in a row
         self._changed = threading.Condition()
         self._last, self._patience = 0, 0.0  # size of the last batch; until when one as large is waited for
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
@@ -141,6 +142,11 @@ class Worker:
     def waiting(self) -> dict[str, int]:
         """How many pictures and answers wait."""
         return {"pictures": len(self._drawings), "answers": len(self._questions)}
+
+    @property
+    def well(self) -> bool:
+        """Whether it works: its thread lives, and of the last jobs not all have failed for no fault of their own."""
+        return self._thread.is_alive() and self._failed < SICK
 
     def _enter(self, queue: deque[Any], jobs: list[Any]) -> None:
         with self._changed:
@@ -200,9 +206,11 @@ class Worker:
                 _settle(job.future, Stopped())
         except Exception as error:
             log.exception("a drawing failed")
+            self._failed += 1
             for job in batch:
                 _settle(job.future, error)
         else:
+            self._failed = 0
             self.done.update(pictures=len(batch), batches=1)
             for job, picture in zip(batch, pictures, strict=True):
                 _settle(job.future, picture)
@@ -230,6 +238,7 @@ class Worker:
         try:
             job.hear(next(job.pieces))
         except StopIteration as end:
+            self._failed = 0
             self.done.update(answers=1, tokens=end.value.tokens, prompt_tokens=end.value.prompt_tokens)
             _settle(job.future, end.value)
             return False
@@ -238,6 +247,7 @@ class Worker:
             return False
         except Exception as error:
             log.exception("an answer failed")
+            self._failed += 1
             _settle(job.future, error)
             return False
         return True
@@ -245,11 +255,13 @@ class Worker:
     def _pieces(self, question: Question) -> Generator[str, None, Said]:
         dialogue = self._dialogue(question.turns)
         length = dialogue.read(question.turns).mask.shape[1]
-        limit = question.max_new_tokens or max(1, min(DEFAULT_TOKENS, self.mllm.context - length))
+        limit = question.max_new_tokens or max(1, min(question.longest, self.mllm.context - length))
         pieces = dialogue.reply(question.turns, limit, question.temperature, question.seed)
         yield ""
-        said, ended = yield from until(pieces, question.stop)
-        self._dialogues.append((question.turns, dialogue))
+        try:
+            said, ended = yield from until(pieces, question.stop)
+        finally:  # where nobody listens any more, what was read is worth as much
+            self._dialogues.append((question.turns, dialogue))
         if ended is None:
             return Said(length, len(self.mllm.builder.encode(said)), whole=True)
         return Said(length, ended.tokens, ended.whole)

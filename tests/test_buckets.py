@@ -260,7 +260,7 @@ def test_a_bridge_trains_on_all_shapes_and_draws_them(shards, tmp_path):
     pipeline = Pipeline.from_release(release(tmp_path / "release"))
     (picture,) = pipeline(["a star"], [1], Drawing(2, height=8, width=32))
     assert picture.size == (32, 8)
-    with pytest.raises(ValueError, match="height 9, width 16: the autoencoder takes multiples of 2"):
+    with pytest.raises(ValueError, match="height 9, width 16: VAE and decoder take multiples of 4"):
         pipeline(["a star"], [1], Drawing(2, height=9))
 
 

@@ -93,7 +93,7 @@ def test_bad_input_ends_in_a_sentence(release, tmp_path, capsys):
     asked = ["--release", str(release), "--out", str(tmp_path / "a"), "--n", "7"]
     for argv, message in [
         ([*asked, "--steps", "4"], "was drawn with other settings; remove it"),
-        (["--release", str(tmp_path), "--n", "1"], "has no noise.json; name the release"),
+        (["--release", str(tmp_path), "--n", "1"], "has no sit; name the release"),
         ([*asked, "--n", "0"], "give --n, --batch-size and --steps of at least 1"),
     ]:
         assert run(classes.main, argv) == 2

@@ -177,7 +177,7 @@ def test_what_a_family_cannot_do_is_refused_in_a_sentence(tmp_path):
     blind = str(BLIND["llama"](tmp_path / "llama"))
     with pytest.raises(ValueError, match="this MLLM reads text alone; leave the images out"):
         mllm.load_builder(MLLMConfig(blind))([[Turn("user", "a", (tiny.image(),))]])
-    with pytest.raises(ValueError, match=r"mllm.max_pixels: the model at .* has no such bound; leave it out"):
+    with pytest.raises(ValueError, match=r"mllm.max_pixels: the model at .* has no such setting; leave it out"):
         mllm.load_builder(MLLMConfig(blind, max_pixels=256))
     (tmp_path / "llama" / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="has no chat template; name a model that was tuned to converse"):

@@ -347,7 +347,7 @@ def test_the_last_save_must_not_fail(straight, tmp_path):
     class Full(FullDisk):
         room = 100
 
-    with pytest.raises(OSError, match=r"step 6 is not saved \(rank 0: .*File too large.*\); make room"):
+    with pytest.raises(OSError, match=r"step 6 is not saved \(rank 0: .*File too large.*\); mend that"):
         train(tmp_path, Full(start(60), CONFIG), save_every=1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert not (tmp_path / "release").exists()

@@ -319,7 +319,7 @@ def test_a_sit_goes_on_from_an_earlier_one(folder, tmp_path):
 def test_pictures_need_not_be_square(folder):
     task = build(repae_run(folder, FP32), start(60))
     batch = next(task.batches(0))
-    wide = replace(batch, pixels=torch.cat([batch.pixels, batch.pixels[..., :8]], dim=-1))  # 16 x 24
+    wide = replace(batch, levels=torch.cat([batch.levels, batch.levels[..., :8]], dim=-1))  # 16 x 24
     before = weights(task)
     measured = task.step(wide)
     assert {"loss", "align", "l1", "perceptual"} <= measured.keys()
@@ -349,7 +349,7 @@ def test_a_refused_step_leaves_no_trace(folder):
     task = build(run, start(60))
     batch = next(task.batches(0))
     before = weights(task)
-    task.step(replace(batch, pixels=batch.pixels.clone().fill_(float("nan"))))
+    task.step(replace(batch, levels=batch.pixels.clone().fill_(float("nan"))))
     assert all(engine.last and engine.last.objection for engine in task.engines.values())
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(task).items())
     task.step(batch)

@@ -42,7 +42,7 @@ def test_the_error_is_that_of_the_nearest_right_answer(labels, batch):
         found = []
         for way, order in itertools.product(ways[row], itertools.permutations(range(OBJECTS))):
             right = told[row].clone()
-            right[batch.open[row]] = way
+            right[batch.open_row[row]] = way
             right[1:] = right[1:][list(order)]
             found.append((given[row] - right).square().mean(-1).sum() / TOLD)
         torch.testing.assert_close(off[row], torch.stack(found).min())
@@ -53,7 +53,7 @@ def test_right_answers_in_any_order_have_no_error(labels, batch, reads):
     reading = reading_of(labels) if reads else None
     told, ways = labels(batch.words, batch.places), labels(batch.open_words, batch.open_places)
     rows = torch.arange(len(told))
-    told[rows, batch.open] = ways[rows, rows % ways.shape[1]]  # any of them
+    told[rows, batch.open_row] = ways[rows, rows % ways.shape[1]]  # any of them
     off, felt = told_errors(told[:, [0, 5, 1, 3, 2, 4]], batch, labels, reading)
     assert off.max() < 1e-5
     assert felt.max() < 1e-4

@@ -201,7 +201,7 @@ def test_a_bridge_learns_its_decoder_s_language_and_goes_on_to_draw(folder):
         given, told = release.condition(batch.asked)[:, :6], task.labels(batch.words, batch.places)
         ways = task.labels(batch.open_words, batch.open_places)
     nearest = []
-    for row, label, open_row, told_ways in zip(given, told, batch.open.tolist(), ways, strict=True):
+    for row, label, open_row, told_ways in zip(given, told, batch.open_row.tolist(), ways, strict=True):
         labels = [label.index_copy(0, torch.tensor([open_row]), way[None]) for way in told_ways.unique(dim=0)]
         orders = [[0, *order] for order in itertools.permutations(range(1, 6))]
         nearest.append(min((row - right[order]).square().mean() for right in labels for order in orders))

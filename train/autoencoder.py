@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
-from data.transforms import to_pil
+from data.transforms import to_pil, unit
 from model.assets import fingerprint, tensors_of
 from model.autoencoder import Autoencoder
 from model.files import match, publish, write_whole
@@ -120,10 +120,11 @@ class AutoencoderTask(LoaderTask):
         """Absolute plus squared error of the reconstruction, and `kl_weight` times the posterior's KL divergence.
 
         The absolute error alone would be content to paint small things in the colour of what surrounds them."""
-        eps = noise(batch.index, self.seed, self.module.latent_shape(batch.pixels)).to(self.ranks.device)
+        eps = noise(batch.index, self.seed, self.module.latent_shape(batch.levels)).to(self.ranks.device)
         batch = batch.to(self.ranks.device)
-        _, mean, logvar, rebuilt = self.engine(batch.pixels, eps)  # see Coded
-        off = rebuilt.float() - batch.pixels  # [B, 3, H, W]
+        pixels = batch.pixels  # [B, 3, H, W]
+        _, mean, logvar, rebuilt = self.engine(pixels, eps)  # see Coded
+        off = rebuilt.float() - pixels  # [B, 3, H, W]
         absolute, squared = off.abs().mean(), off.square().mean()
         kl = gaussian_kl(mean, logvar).mean()
         self.engine.backward(absolute + squared + self.config.kl_weight * kl)
@@ -141,7 +142,7 @@ class AutoencoderTask(LoaderTask):
         """Eight pictures beside their reconstructions: previews/step-00000500.png."""
         with self.engine.averaged():
             if self.shown is not None:
-                pixels = self.shown.pixels[:8].to(self.ranks.device)
+                pixels = unit(self.shown.levels[:8].to(self.ranks.device))
                 rebuilt = self.module.autoencoder(pixels.to(self.module.autoencoder.dtype)).sample
                 compare(pixels, rebuilt.float(), ("picture", "rebuilt"), folder / f"step-{step:08d}.png")
 
@@ -163,7 +164,7 @@ class AutoencoderTask(LoaderTask):
         """Mean and deviation of each latent channel over 2,048 pictures."""
         latents, autoencoder = [], self.module.autoencoder
         for batch in self.batches(0):
-            pixels = batch.pixels.to(self.ranks.device, autoencoder.dtype)
+            pixels = unit(batch.levels.to(self.ranks.device)).to(autoencoder.dtype)
             latents.append(autoencoder.encode(pixels).latent_dist.mean.float())  # [B, c, h, w]
             if sum(len(part) for part in latents) >= 2048:
                 break

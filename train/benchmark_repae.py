@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from data.batch import LabelledBatch, LabelledCollate
+from data.transforms import unit
 from model.perceptual import LPIPS
 from model.upsample import merge_upsampling
 from sample.measures import Measure, show, spread
@@ -256,7 +257,7 @@ def _taken(batch: LabelledBatch, size: int) -> LabelledBatch:
     """So many of its pictures, over and over where it has fewer; each with noise of its own."""
     rows = [row % len(batch.index) for row in range(size)]
     labels = batch.labels[rows] if isinstance(batch.labels, Tensor) else tuple(batch.labels[row] for row in rows)
-    return LabelledBatch(torch.arange(size), labels, batch.pixels[rows], None)
+    return LabelledBatch(torch.arange(size), labels, batch.levels[rows], None)
 
 
 def _free(networks: Networks) -> None:
@@ -270,7 +271,7 @@ def _free(networks: Networks) -> None:
 
 def parts(task: RepaeTask, batch: LabelledBatch, ranks: Ranks, compiled: bool) -> dict[str, Callable[[], Any]]:
     """Each network on its own: forward, and backward to weights or inputs as in the step."""
-    pixels, dtype = batch.pixels.to(ranks.device), task.coder.autoencoder.dtype
+    pixels, dtype = unit(batch.levels.to(ranks.device)), task.coder.autoencoder.dtype
     size = (len(pixels), *task.coder.latent_shape(pixels))
     latents = torch.zeros(size, device=ranks.device, requires_grad=True)
     told, t = task.config.told, torch.full((len(pixels),), 0.5, device=ranks.device)

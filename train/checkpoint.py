@@ -137,7 +137,10 @@ def find(root: Path, resume: str, ranks: Ranks, warn: Callable[[str], None] = pr
 
 def _find(root: Path, resume: str, warn: Callable[[str], None]) -> Path | None:
     if resume not in ("auto", "must", "never"):
-        verify(Path(resume))
+        try:
+            verify(Path(resume))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"resume is {resume} ({error}); give auto, must, never or a whole checkpoint") from error
         return Path(resume)
     steps = held(root)
     if resume == "never":
@@ -147,7 +150,7 @@ def _find(root: Path, resume: str, warn: Callable[[str], None]) -> Path | None:
     for path in reversed(steps):
         try:
             verify(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             warn(f"{error}; trying the one before it")
         else:
             return path

@@ -86,7 +86,11 @@ def listing(run: Path) -> None:
     """One line for each checkpoint, oldest first."""
     table = Table("checkpoint", "step", "samples", "ranks", "ZeRO", "engines", "MB", title=f"{run}/checkpoints")
     for path in checkpoint.held(run / "checkpoints"):
-        facts = checkpoint.manifest_of(path)
+        try:
+            facts = checkpoint.manifest_of(path)
+        except (ValueError, OSError) as error:
+            table.add_row(path.name, f"{error}")
+            continue
         size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         numbers = (f"{number:,}" for number in (facts.step, facts.samples, facts.world, facts.zero))
         table.add_row(path.name, *numbers, ", ".join(facts.counters), f"{size:,.1f}")
@@ -105,7 +109,7 @@ def verify(path: Path) -> None:
         try:
             checkpoint.verify(each)
             print(f"{each}: whole")
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             damaged = True
             print(f"{error}", file=sys.stderr)
     if damaged:

@@ -141,7 +141,9 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any], at: str) -> dict[str, 
         if isinstance(mine, dict) and isinstance(value, dict):
             merged[key] = _merged(mine, value, at=f"{at}: {key}")
         elif key in ours and value not in (mine, "auto"):
-            raise ValueError(f"{at}: {key} is {value} there and {mine} in the run; change one of them")
+            raise ValueError(
+                f"{at}: {key} is {value} there and {mine} in the run; remove it there, or set it in the run alone"
+            )
         elif value != "auto":
             merged[key] = value
     return merged
@@ -286,7 +288,7 @@ class Engine:
         return {"steps": self.steps, "adam_step": self._shards.get_step(), "guard": asdict(self.guard)}
 
     def buffers(self) -> dict[str, Tensor]:
-        """The module's persistent buffers by name; equal on all ranks."""
+        """The module's persistent buffers by name; checkpoints keep rank 0's."""
         kept = self.module.state_dict(keep_vars=True)
         return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
 

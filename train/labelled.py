@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
 from data.told import ScenesTold
+from data.transforms import unit
 from data.world.labels import Withhold, labels_config
 from model.assets import fingerprint, tensors_of
 from model.decoder import load_sit, save_sit
@@ -161,7 +162,7 @@ class LabelledTask(LoaderTask):
         eps = noise(batch.index, self.seed, self.latent_shape).to(device)  # [B, c, h, w]
         words, places = (part.to(device) for part in self.told(batch, self.seed, self.batch_size))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.engine.config.precision != "fp32"):
-            x0 = self.vae.encode(batch.pixels.to(device))  # [B, c, h, w]
+            x0 = self.vae.encode(unit(batch.levels.to(device)))  # [B, c, h, w]
         prediction, logits = self.engine(words, places, self.noising.mix(x0, eps, t), t)  # see LabelledOutput
         loss = squared_error(prediction, self.noising.target(x0, eps, t)).mean()
         measured, objective = {"loss": loss.detach()}, loss
@@ -201,4 +202,4 @@ class LabelledTask(LoaderTask):
                 beside = {LABELS_FILE: rounded.labels.state_dict()}
                 if rounded.head is not None:
                     beside[HEAD_FILE] = rounded.head.state_dict()
-                save_sit(folder, rounded.sit, beside)
+                save_sit(folder, rounded.sit, self.config.noise, beside)

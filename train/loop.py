@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from model.files import write_whole
+from sample.cli import sentence
 from train import checkpoint
 from train.metrics import Metrics, MetricsConfig, Window
 from train.ranks import Ranks, seed_step
@@ -96,7 +97,8 @@ def fit(
         raise ValueError(
             f"schedule.keep_best is {schedule.keep_best}, and this run's previews measure {known}; name one of it"
         )
-    frozen = {**task.frozen(), **task.reads()} if ranks.first else {}
+    reads = _read_alike(task, ranks)
+    frozen = {**task.frozen(), **reads} if ranks.first else {}
     root = folder / "checkpoints"
     keep = checkpoint.Keep(schedule.keep, schedule.keep_every, schedule.keep_best, lowest=schedule.best_is == "lowest")
     with ExitStack() as held:
@@ -162,8 +164,10 @@ def fit(
                 return False
             if last or (schedule.preview_every and step % schedule.preview_every == 0):
                 with dog.limit("preview"):
-                    measured = task.preview(folder / "previews", step)
+                    measured, problem = _previewed(task, folder / "previews", step)
                     ranks.barrier()
+                if problem:
+                    log.event(step, "no preview", reason=problem)
                 if measured:
                     log.event(step, "preview", **measured)
                     with dog.limit("save"):
@@ -173,6 +177,28 @@ def fit(
             saver.finish()
         task.release(folder / "release")
     return True
+
+
+def _previewed(task: Task, folder: Path, step: int) -> tuple[dict[str, float] | None, str]:
+    """What the preview measured; or why it could not be written, which is no reason to end a run."""
+    try:
+        return task.preview(folder, step), ""
+    except OSError as error:
+        return None, sentence(error)
+
+
+def _read_alike(task: Task, ranks: Ranks) -> dict[str, str]:
+    """What the task reads, once it is the same on every rank: each takes its share of the samples by their numbers. Raises
+    ValueError, on every rank, where it is not."""
+    reads = ranks.gather(task.reads())
+    others = [rank for rank, read in enumerate(reads) if read != reads[0]]
+    if others:
+        named = ", ".join(map(str, others[:8])) + ", ..." * (len(others) > 8)
+        raise ValueError(
+            f"data.sources: rank(s) {named} read other data than rank 0, so samples would be lost or come twice; see that "
+            "all machines hold the same shards, under the same names"
+        )
+    return reads[0]
 
 
 @contextmanager

@@ -44,7 +44,8 @@ def available_memory() -> float:
     limits = Path("/sys/fs/cgroup")  # version 2
     if (limits / "memory.max").is_file() and (limit := (limits / "memory.max").read_text().strip()) != "max":
         counted = dict(line.split() for line in (limits / "memory.stat").read_text().splitlines())
-        used = int((limits / "memory.current").read_text()) - int(counted["file"])
+        given_back = int(counted["file"]) - int(counted["shmem"])  # shared memory counts among the files
+        used = int((limits / "memory.current").read_text()) - given_back
         free.append(float(int(limit) - used))
     return min(free)
 

@@ -17,7 +17,6 @@ from data.loader import Loader, World
 from data.records import DRAWN
 from data.shards import Shards
 from model.connector import grown
-from model.decoder import SiTDecoder
 from model.files import match, read_tensors
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 from model.mllm import load
@@ -63,8 +62,7 @@ class MetaQueryTaskConfig:
             start_from(model, self.init)
         model.place(ranks.device)
         head = self._head(run)
-        patch = model.decoder.sit.config.patch if isinstance(model.decoder, SiTDecoder) else 1
-        check_buckets(run.data, model.vae.factor * patch)
+        check_buckets(run.data, model.multiple)
         builder, data = model.mllm.builder, run.data
         self.preview.check(builder)
         collate = TextToImageCollate(builder, data.image_size, data.dropout, run.seed, data.buckets)
@@ -154,13 +152,12 @@ class MetaQueryTask(BridgeTask, LoaderTask):
         """(c, h, w); another one in every bucket."""
         if batch.latents is not None:
             return tuple(batch.latents.shape[1:])
-        assert batch.pixels is not None
-        return self.model.shape_of(*batch.pixels.shape[-2:])
+        assert batch.levels is not None
+        return self.model.shape_of(*batch.levels.shape[-2:])
 
     def _latents(self, batch: T2IBatch) -> Tensor:
         if batch.latents is not None:
             return batch.latents.float()
-        assert batch.pixels is not None
         return self.model.vae.encode(batch.pixels)
 
 

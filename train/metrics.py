@@ -211,9 +211,10 @@ class _Wandb:
         self._run = wandb.init(
             project=project, id=note.read_text(), name=folder.name, config=dict(settings), resume="allow", dir=str(folder)
         )
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({**values, "step": step})  # by its own count, a step that is taken again would be ignored
 
     def close(self) -> None:
         self._run.finish()

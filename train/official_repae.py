@@ -55,7 +55,7 @@ class Official:
         networks, weights, device = self.networks, self.config.losses, self.ranks.device
         judge, vae = self.modules.get("discriminator"), self.modules["vae"]
         sit: Any = self.modules["main"]
-        shape = networks.coder.latent_shape(batch.pixels)
+        shape = networks.coder.latent_shape(batch.levels)
         told: Any = self.config.told
         told = tuple(part.to(device) for part in told(batch, self.seed, len(batch.index)))
         t, eps = (part.to(device) for part in (sit.noising.times(batch.index, 0), noise(batch.index, 0, shape)))

@@ -130,7 +130,7 @@ def memory(model: MetaQuery, engine: EngineConfig, world: int) -> dict[str, floa
     held = {part: world if zero >= stage else 1 for part, stage in (("state", 1), ("gradients", 2), ("weights", 3))}
     copies = 4 if zero else 3  # float32: the master weights, except at stage 0, where the weights are their own
     return {
-        "frozen": outside + (_size(model) - trained) * (2 if engine.precision == "bf16" else 4) / held["weights"],
+        "frozen": outside + _frozen_bytes(model, engine) / held["weights"],
         "weights": trained * width / held["weights"],
         "gradients": trained * width / held["gradients"],
         "optimizer": trained * 4 * copies / held["state"],
@@ -157,6 +157,12 @@ def _size(module: nn.Module | None) -> int:
 
 def _trained(module: nn.Module | None) -> int:
     return 0 if module is None else sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _frozen_bytes(model: MetaQuery, engine: EngineConfig) -> int:
+    """Of what an engine holds and does not train, in its own dtype; a bf16 engine casts it."""
+    frozen = (tensor for tensor in model.parameters() if not tensor.requires_grad)
+    return sum(tensor.numel() * (2 if engine.precision == "bf16" else tensor.element_size()) for tensor in frozen)
 
 
 def _bytes(module: nn.Module) -> int:

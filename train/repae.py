@@ -25,6 +25,7 @@ from data.latents import check_latents
 from data.loader import Loader
 from data.shards import Shards
 from data.told import ClassesTold, ScenesTold, Told
+from data.transforms import unit
 from model.alignment import ProjectorConfig, alignment, build_projector
 from model.assets import fingerprint, tensors_of
 from model.autoencoder import Autoencoder, Coded
@@ -278,7 +279,7 @@ class AlignedSiT(nn.Module):
         layer."""
         x0 = self.norm(latents, update)  # [B, c, h, w]
         depth = self.sit.config.align_depth if self.projectors else None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not align_only):  # that is asked for the latents' sake
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not align_only):  # which wants the latents' gradients alone
             condition = self.teller(*told)  # [B, L, C]
         out = self.sit(self.noising.mix(x0, eps, t), t, condition, hidden_at=depth, stop=align_only)
         grid = self.sit.grid(latents)
@@ -313,12 +314,12 @@ class RepaeTask(LoaderTask):
 
     def step(self, batch: LabelledBatch | T2IBatch) -> dict[str, Tensor]:
         """The published step: the VAE's, the discriminator's on what was just rebuilt, and the SiT's on the latents."""
-        assert batch.pixels is not None, "the task's build refuses captions with latents"
+        assert batch.levels is not None, "the task's build refuses captions with latents"
         config, device = self.config, self.ranks.device
-        shape = self.coder.latent_shape(batch.pixels)
+        shape = self.coder.latent_shape(batch.levels)
         posterior = noise(batch.index, self.seed + POSTERIOR, shape).to(device)  # [B, c, h, w]
         given = None if self.sit is None else self._given(batch, shape)
-        pixels = batch.pixels.to(device)
+        pixels = unit(batch.levels.to(device))  # [B, 3, H, W]
         seen = self._seen(pixels)  # [B, N, E] for each target
         measured: dict[str, Tensor] = {}
         if self.vae_trains:

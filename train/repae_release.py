@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data.transforms import to_pil
+from data.transforms import to_pil, unit
 from model.decoder import SiTDecoder, SiTDecoderConfig, save_sit
-from model.files import dump_config, publish, write_json, write_whole
+from model.files import publish, write_whole
 from model.labels import LABELS_FILE, Labels
 from model.metaquery import Bridge, MetaQuery, MetaQueryConfig
 from model.noise import noise
 from model.store import BESIDE, save
 from model.vae import LatentVAE, VAEConfig
 from sample.grid import Cell, Row, table
-from sample.labelled import NOISE_FILE
 from sample.solver import solve
 from train.prompts import PromptsTold
 
@@ -31,7 +30,7 @@ DRAWING_STEPS = 16
 
 def release(task: RepaeTask, folder: Path) -> None:
     """vae/: an AutoencoderKL whose config carries the statistics of its latents; sit/: the SiT, its labels beside it; both
-    averaged, but for a VAE that stays by now; noise.json: the schedule; where captions were read, bridge/: the MetaQuery of
+    averaged, but for a VAE that stays by now; where captions were read, bridge/: the MetaQuery of
     the two. Every rank calls it, the first writes."""
     with _averaged(task):
         if not task.ranks.first:
@@ -45,8 +44,7 @@ def release(task: RepaeTask, folder: Path) -> None:
             if task.sit is not None:
                 teller = task.sit.teller
                 beside = {LABELS_FILE: teller.state_dict()} if isinstance(teller, Labels) else {}
-                save_sit(draft / "sit", task.sit.sit, beside)
-                write_json(draft / NOISE_FILE, dump_config(task.config.noise))
+                save_sit(draft / "sit", task.sit.sit, task.config.noise, beside)
                 if isinstance(teller, Bridge):
                     save(draft / "bridge", _metaquery(task, teller, LatentVAE(autoencoder)))
 
@@ -75,7 +73,7 @@ def preview(task: RepaeTask, path: Path) -> None:
             return
         assert task.shown is not None
         batch, device = task.shown, task.ranks.device
-        pixels = batch.pixels[:SHOWN].to(device)
+        pixels = unit(batch.levels[:SHOWN].to(device))
         shape = task.coder.latent_shape(pixels)
         dtype = next(task.coder.parameters()).dtype
         rebuilt = task.coder(pixels.to(dtype), torch.zeros(1, device=device)).rebuilt

@@ -36,8 +36,8 @@ def refusals(task: Task, log: Metrics, step: int, samples: int, batch_size: int)
 def roll_back(
     task: Task, root: Path, step: int, samples: int, skipped: Skipped, why: str, log: Metrics, ranks: Ranks
 ) -> checkpoint.Manifest:
-    """Fill the engines from the newest valid checkpoint below `root`; it goes on at sample number `samples`, whoever starts
-    from it. Every rank calls it, with no save under way, after `step` steps.
+    """Fill the engines from the newest valid checkpoint below `root`, whose manifest then says that the next sample is
+    number `samples`, to whoever starts from it later. Every rank calls it, with no save under way, after `step` steps.
 
     Raises `Diverged` when that was done as often as `guard.rollbacks` allows, or there is no checkpoint.
     """

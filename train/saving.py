@@ -118,7 +118,7 @@ class Saver:
         """Wait for the last save. Raises OSError on every rank when it failed."""
         if problem := self.settle():
             assert self._save is not None
-            raise OSError(f"step {self._save.step} is not saved ({problem}); make room, and the same command goes on")
+            raise OSError(f"step {self._save.step} is not saved ({problem}); mend that, and the same command goes on")
 
     def note(self, step: int, measures: Mapping[str, float]) -> None:
         """Rank 0 has measured the state of `step`: lay that beside its checkpoint, if there is one, and keep the best."""

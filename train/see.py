@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from data.batch import LabelledBatch, LabelledCollate
 from data.loader import Loader
-from data.transforms import to_pil
 from data.world.dense import points_of
 from model.assets import fingerprint, locate, tensors_of
 from model.embedded import save
@@ -109,7 +109,7 @@ class SeeTask(LoaderTask):
 
     def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
         """What lies at the points of every token's cell, and the squared error of where the token lies."""
-        pictures = [to_pil(pixels) for pixels in batch.pixels]
+        pictures = [Image.fromarray(levels.permute(1, 2, 0).numpy()) for levels in batch.levels]
         look = self.mllm.builder.images
         assert look is not None
         seen = join([[look(picture, alone=True).tensors for picture in pictures]])[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 
 from data.address import draw
 from data.batch import ChatBatch, ChatCollate, count_tokens
@@ -55,6 +56,11 @@ class Talk(Positions[list[ChatBatch]]):
     def __init__(self, world: World, shares: Shares, collate: GroupCollate, rows: range, data: Data) -> None:
         super().__init__(rows, data.workers)
         self._world, self._shares, self._collate, self._size = world, shares, collate, data.image_size
+
+    def fingerprint(self) -> str:
+        """sha256 of what decides what is said, and in which batches."""
+        said = self._world, self._shares, self._size, self._collate.batches, self._collate.max_answers, self._collate.seed
+        return sha256(repr(said).encode()).hexdigest()
 
     def __getitem__(self, position: int) -> list[ChatBatch]:
         numbers = self.numbers(position)

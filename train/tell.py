@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import sha256
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -82,6 +83,12 @@ class TellTaskConfig:
     queries and connector, and the decoder as it was released."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
+    def __post_init__(self) -> None:
+        if self.pool < 0:
+            raise ValueError(f"task.pool is {self.pool}; give 0 (every sample is new) or a multiple of the batch size")
+        if self.passes < 0 or (self.passes and not self.pool):
+            raise ValueError(f"task.passes is {self.passes}; give 0 or more, and a task.pool to pass over")
+
     def build(self, run: Run, ranks: Ranks) -> TellTask:
         """Load the frozen parts and the labels of the decoder, and hand queries and connector to an engine."""
         if self.model.queries < TOLD:
@@ -106,8 +113,6 @@ class TellTaskConfig:
             raise ValueError(
                 f"task.pool is {self.pool}; give a multiple of schedule.batch_size {run.schedule.batch_size}, or 0"
             )
-        if self.passes < 0 or (self.passes and not self.pool):
-            raise ValueError(f"task.passes is {self.passes}; give 0 or more, and a task.pool to pass over")
         model.queries.requires_grad_(self.model.learned_queries and not self.pool)
         bridge = Bridge(model.mllm, model.queries, model.connector)
         rest = own_rest(model, bridge) if ranks.first else ""  # before an engine rounds or parts anything
@@ -115,13 +120,13 @@ class TellTaskConfig:
 
 
 class ToldBatch(NamedTuple):
-    """What is asked, or what the MLLM made of it, and what it says: of the object in row `open`, each way to tell it is
+    """What is asked, or what the MLLM made of it, and what it says: of the object in row `open_row`, each way to tell it is
     right."""
 
     asked: Prefix | Heard
     words: Tensor  # [B, TOLD, K]
     places: Tensor  # [B, TOLD, 3]
-    open: Tensor  # [B]
+    open_row: Tensor  # [B]
     open_words: Tensor  # [B, S, K]
     open_places: Tensor  # [B, S, 3]
     kinds: Tensor  # [B], by number in KINDS
@@ -136,6 +141,11 @@ class Asks(Positions[ToldBatch]):
         super().__init__(rows, data.workers)
         self._world, self._mix, self._builder, self._data, self._seed = world, mix, builder, data, seed
         self._layout = layout
+
+    def fingerprint(self) -> str:
+        """sha256 of what decides what a number asks."""
+        asked = self._world, self._mix, self._data.image_size, self._data.dropout, self._seed, self._layout
+        return sha256(repr(asked).encode()).hexdigest()
 
     def __getitem__(self, position: int) -> ToldBatch:
         turns, told, kinds = [], [], []
@@ -176,6 +186,10 @@ class TellTask(BridgeTask):
         """What a bridge reads, and what is of the start in a release: the queries, where they stay, and a decoder's part."""
         return {**super().frozen(), "start (task.init)": self.rest}
 
+    def reads(self) -> dict[str, str]:
+        """What is asked, in which order."""
+        return {"data": self.asks.fingerprint()}
+
     def batches(self, samples: int) -> Iterator[ToldBatch]:
         """This rank's share, on the CPU."""
         self.asks.samples = samples
@@ -185,15 +199,15 @@ class TellTask(BridgeTask):
         """The pool's batches in turn, each read when it first comes."""
         bridge, pool, passes = self.engine.module, self.config.pool, self.config.passes
         assert isinstance(bridge, Bridge)
-        heard: dict[int, ToldBatch] = {}
+        pooled: dict[int, ToldBatch] = {}
         first, start, asks = -1, -1, iter(())
         for position in itertools.count(samples, self.asks.rows.stop):
             begins = position // (pool * passes) * pool if passes else 0  # the address of the pool's first sample
             if begins != first:
-                heard.clear()
+                pooled.clear()
                 first = begins
             address = begins + position % pool
-            if address not in heard:
+            if address not in pooled:
                 if address != start:  # the first one, or those that a resumed run has skipped
                     self.asks.samples, start = address, address
                     asks = iter(self.asks)
@@ -201,8 +215,8 @@ class TellTask(BridgeTask):
                 start += self.asks.rows.stop
                 assert isinstance(batch.asked, Prefix)
                 with torch.no_grad():
-                    heard[address] = batch._replace(asked=bridge.hear(batch.asked.to(self.ranks.device)).to("cpu"))
-            yield heard[address]
+                    pooled[address] = batch._replace(asked=bridge.hear(batch.asked.to(self.ranks.device)).to("cpu"))
+            yield pooled[address]
 
     def step(self, batch: ToldBatch) -> dict[str, Tensor]:
         """Mean square of conditioning - label tokens (which have mean square 1): of the told tokens, plus of the spare; and
@@ -245,7 +259,7 @@ def told_errors(
         told = labels(batch.words.to(device), batch.places.to(device))  # [B, TOLD, C]
         ways = labels(batch.open_words.to(device), batch.open_places.to(device))  # [B, S, C]
         right = torch.cat([told, ways], 1)  # [B, TOLD + S, C]
-        open = (batch.open.to(device) - 1)[:, None, None].expand(-1, OBJECTS, 1)  # [B, N, 1]
+        open_row = (batch.open_row.to(device) - 1)[:, None, None].expand(-1, OBJECTS, 1)  # [B, N, 1]
 
     def read_off(reader: Tensor) -> Tensor:
         return _squares(given @ reader, right @ reader) * reader.shape[1]  # [B, TOLD, TOLD + S]
@@ -260,7 +274,7 @@ def told_errors(
 
     def objects(squares: Tensor) -> Tensor:
         """[B, N, N], the open one told in the way that is nearest."""
-        return squares[:, 1:, 1:TOLD].scatter(2, open, squares[:, 1:, TOLD:].gather(2, nearest))
+        return squares[:, 1:, 1:TOLD].scatter(2, open_row, squares[:, 1:, TOLD:].gather(2, nearest))
 
     orders, rows = _orders(device), torch.arange(OBJECTS, device=device)  # [N!, N], [N]
     order = orders[objects(sorting)[:, rows, orders].sum(-1).argmin(-1)].unsqueeze(-1)  # [B, N, 1]

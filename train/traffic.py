@@ -126,9 +126,12 @@ class Collectives(TorchDispatchMode):
 def measure(run: Run, zero: Literal[0, 1, 2, 3], inside: bool, steps: int, ranks: Ranks) -> dict[str, Measure]:
     """Bytes and seconds of an optimizer step of `run` at a stage."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder) / "strict.json"
-        settings.write_text(json.dumps({"zero_optimization": STRICT}))
-        engine = replace(run.engine, zero=zero, deepspeed_json=settings if zero == 3 else None)
+        strict = run.engine.deepspeed_json
+        if zero == 3:
+            theirs = json.loads(strict.read_text()) if strict else {}
+            strict = Path(folder) / "strict.json"
+            strict.write_text(json.dumps(theirs | {"zero_optimization": theirs.get("zero_optimization", {}) | STRICT}))
+        engine = replace(run.engine, zero=zero, deepspeed_json=strict)
         run = replace(run, engine=engine)
         task: Any = official(run, ranks) if inside else run.task.build(run, ranks)
     batches = task.batches(0)

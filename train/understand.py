@@ -258,8 +258,8 @@ class UnderstandTask(Task):
         return self._frozen
 
     def reads(self) -> dict[str, str]:
-        """The loader's sources, their shares and its seed."""
-        return {"data": self.groups.fingerprint()} if isinstance(self.groups, Loader) else {}
+        """The conversations and their order."""
+        return {"data": self.groups.fingerprint()}
 
     def measures(self) -> set[str]:
         """Those of the exam."""
