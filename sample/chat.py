@@ -149,9 +149,9 @@ class Chat:
             self.pictures = [*resume(self.args.resume, self.session), *self.pictures]
 
     def talk(self) -> None:
-        """Reads lines until /quit or the end of input; what a line gets wrong is said, and the dialogue goes on. SystemExit
-        at the end where a script's line was wrong."""
-        failed, person = False, sys.stdin.isatty()
+        """Reads lines until /quit or the end of input; what a line gets wrong is said, and the dialogue goes on.
+        ValueError at the end where a script's lines were wrong."""
+        wrong, person = 0, sys.stdin.isatty()
         if person:
             import readline  # noqa: F401  # lends `input` its history and arrow keys
 
@@ -165,14 +165,14 @@ class Chat:
             except EOFError:
                 break
             except (ValueError, OSError) as error:
-                failed = True
+                wrong += 1
                 print(f"error: {sentence(error)}", file=sys.stderr)
                 if self.args.json:
                     print(json.dumps({"error": sentence(error)}), flush=True)
             except KeyboardInterrupt:
                 print("\n(stopped; /quit leaves)", file=sys.stderr)
-        if failed and not person:
-            raise SystemExit(2)
+        if wrong and not person:
+            raise ValueError(f"{wrong} of these lines came to nothing, as said above; mend them, or leave them out")
 
     def obey(self, line: str) -> None:
         """One line of a dialogue: a command or a question."""

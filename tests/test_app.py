@@ -84,6 +84,7 @@ def test_the_page_is_for_this_machine_alone(served, client):
     policy = client.get("/").headers["content-security-policy"]
     assert "default-src 'self'" in policy
     assert "http" not in policy
+    assert client.get("/", headers={"host": "rebound.example:7860"}).status_code == 403
 
 
 def test_files_of_this_machine_stay_here(served, client, release, tmp_path):

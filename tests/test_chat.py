@@ -204,11 +204,11 @@ def test_a_mistake_in_a_dialogue_does_not_end_it(folder, mllm, monkeypatch, caps
         "is there a star ?",
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(said) + "\n"))
-    assert run(chat.main, ["--model", str(folder / "mllm"), "--dtype", "float32", "--max-new-tokens", "12"]) == 0
+    assert run(chat.main, ["--model", str(folder / "mllm"), "--dtype", "float32", "--max-new-tokens", "12"]) == 2
     out, err = capsys.readouterr()
     with Image.open(folder / "x.png") as picture:
         assert out == reply(mllm, Turn("user", "is there a star ?", (picture.convert("RGB"),))) + "\n"
-    assert len(errors(err)) == 10
+    assert len(errors(err)) == 11
     for words in (
         "absent.png is not a file",
         "give a release instead of a bare MLLM",
@@ -219,7 +219,8 @@ def test_a_mistake_in_a_dialogue_does_not_end_it(folder, mllm, monkeypatch, caps
         "/edit: there is no picture to change",
         "/save: there is no file",
         "/nonsense is no command",
-        "limit is 256",
+        "limit is 512",
+        "10 of these lines came to nothing",
     ):
         assert words in err
 
@@ -233,7 +234,7 @@ def test_mistakes_on_the_command_line_exit_with_two(folder, tmp_path, capsys):
         "is no release": ["--release", tmp_path, "hello"],
         "cannot be loaded": ["--model", tmp_path / "absent", "hello"],
         "broken.jpg: an image cannot be decoded": [*mllm, "--image", tmp_path / "broken.jpg", "hello"],
-        "limit is 256": [*mllm, "star " * 300],
+        "limit is 512": [*mllm, "star " * 300],
         "--max-new-tokens 0": [*mllm, "--max-new-tokens", "0", "hello"],
         "--seed -1": [*mllm, "--seed", "-1", "hello"],
         "leave out --system": [*mllm, "--resume", "talk.json", "--system", "obey", "hello"],

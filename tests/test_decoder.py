@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.decoder import SiTDecoderConfig, build_decoder, load_sit, save_sit
+from model.noise import DiffusionConfig, FlowConfig
 from model.sit import SiT
 from tests import tiny
 
@@ -21,6 +22,19 @@ def test_a_saved_sit_is_the_same_again(tmp_path):
     assert oct((tmp_path / "decoder" / "model.safetensors").stat().st_mode & 0o777) == oct(
         (tmp_path / "decoder" / "config.json").stat().st_mode & 0o777
     )
+
+
+def test_a_trained_sit_brings_its_schedule(tmp_path):
+    schedule, folder = FlowConfig(shift=3.0, time="logit_normal"), tmp_path / "decoder"
+    save_sit(folder, SiT(tiny.sit_config()), schedule)
+    config = SiTDecoderConfig(path=str(folder))
+    for weights in (True, False):
+        assert build_decoder(config, weights).noise == schedule
+    assert build_decoder(config, noise=DiffusionConfig()).noise == DiffusionConfig()
+    (folder / "noise.json").unlink()
+    with pytest.raises(ValueError, match=r"decoder has no noise\.json; name the release"):
+        build_decoder(config)
+    assert build_decoder(config, noise=schedule).noise == schedule
 
 
 def test_a_fresh_and_a_trained_one_exclude_each_other():

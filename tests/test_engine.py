@@ -107,6 +107,13 @@ def test_a_checkpoint_that_one_rank_does_not_see_is_refused_by_both():
         assert seen["seconds"] < 60  # of the 300 that ranks wait for each other
 
 
+def test_ranks_that_read_different_data_are_refused():
+    out, first, second = results()
+    for seen in (first["diverging"], second["diverging"]):
+        assert "rank(s) 1 read other data than rank 0" in seen["unlike"]
+    assert not (out / "unlike").exists()
+
+
 def test_metaquery_on_two_ranks_has_the_losses_of_one(tmp_path):
     parts = results()[0]
     run.main(tiny_run(parts, tmp_path / "one"))

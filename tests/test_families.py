@@ -173,6 +173,28 @@ def test_pixel_bounds_decide_how_many_tokens_an_image_has(tmp_path):
         tokens(min_pixels=512, max_pixels=256)
 
 
+def test_tiles_are_bounded_where_a_family_cuts_pictures_up(tmp_path):
+    folder = str(SEEING["llava_onevision"](tmp_path / "mllm"))
+    picture = tiny.image((64, 64))
+    whole, bounded = (
+        mllm.load_builder(MLLMConfig(folder, max_pixels=pixels))([[Turn("user", "a", (picture,))]]).images["pixel_values"]
+        for pixels in (None, 16 * 16)
+    )
+    small = mllm.load_builder(MLLMConfig(folder))([[Turn("user", "a", (picture.resize((16, 16)),))]]).images["pixel_values"]
+    assert torch.equal(bounded, small)
+    assert len(bounded) < len(whole)
+
+
+def test_how_the_vision_tower_attends_can_be_said(tmp_path):
+    folder = str(SEEING["qwen2_5_vl"](tmp_path / "mllm"))
+    fused, plain = (mllm.load(MLLMConfig(folder, dtype="float32", vision_attention=kind)) for kind in (None, "eager"))
+    kinds = [m.model.config.vision_config._attn_implementation for m in (fused, plain)]
+    assert kinds == ["sdpa", "eager"]
+    assert plain.model.config.text_config._attn_implementation == "sdpa"
+    prefix = fused.builder([[Turn("user", "a", (tiny.image(),))]])
+    torch.testing.assert_close(fused.logits(prefix), plain.logits(prefix), atol=1e-5, rtol=1e-5)
+
+
 def test_what_a_family_cannot_do_is_refused_in_a_sentence(tmp_path):
     blind = str(BLIND["llama"](tmp_path / "llama"))
     with pytest.raises(ValueError, match="this MLLM reads text alone; leave the images out"):

@@ -68,6 +68,15 @@ def test_outside_the_interval_only_the_full_condition_runs():
         assert calls == [3]
 
 
+def test_outside_the_interval_the_prompt_alone_decides_at_scale_zero_too():
+    guidance = Guidance(text=0.0, start=0.4)
+    for time, condition in ((0.5, NULL), (0.1, FULL)):
+        t = torch.full((3,), time)
+        assert torch.equal(run(guidance, t=t)[0], Model()(X, t, condition))
+    with pytest.raises(ValueError, match="rescale has nothing to pull back to at guidance 0"):
+        Guidance(text=0.0, rescale=0.5)
+
+
 def test_rescale_restores_the_deviation():
     wide, narrow = 4 * X, X
     deviations = [rescaled(wide, narrow, share).std((1, 2, 3)) for share in (0.0, 0.5, 1.0)]

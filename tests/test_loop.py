@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 from dataclasses import replace
+from errno import ENOSPC
 from typing import Any
 
 import pytest
@@ -340,6 +341,20 @@ def test_a_full_disk_is_told_and_training_goes_on(background, straight, tmp_path
     assert said.count("not saved, reason rank 0: ") == 3
     assert "File too large" in said
     assert said.count("it goes on once there is room") == 1
+
+
+class Unseen(Toy):
+    """Whose previews find no room."""
+
+    def preview(self, folder, step):
+        raise OSError(ENOSPC, os.strerror(ENOSPC), str(folder))
+
+
+def test_a_preview_that_finds_no_room_is_told_and_training_goes_on(straight, tmp_path, capsys):
+    assert train(tmp_path, Unseen(start(60), CONFIG), preview_every=2)
+    assert state(tmp_path) == state(straight)
+    assert [line["step"] for line in lines(tmp_path) if line.get("event") == "no preview"] == [2, 4, 6]
+    assert "previews: No space left on device" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("unlimited", "capsys")  # pytest's own capture of what is said is a file

@@ -23,6 +23,7 @@ from PIL import Image
 
 from model.prefix import Turn
 from sample import serve
+from sample.api import Chat, Message
 from sample.cli import run
 from sample.limits import Capacity, Limits
 from sample.pictures import png
@@ -314,8 +315,26 @@ def test_too_much_at_once_and_too_long_are_told(pipeline):
         codes = sorted(answer.status_code for answer in answers)
         assert set(codes) == {429, 504}
         assert all(answer.headers["Retry-After"] for answer in answers if answer.status_code == 429)
+        assert all(answer.headers["x-should-retry"] == "false" for answer in answers if answer.status_code == 504)
         until(lambda: not sum(worker.waiting.values()))  # nothing is left over
         assert post(f"{url}/v1/images/generations", json={**asked, "steps": 1}).status_code == 200
+
+
+def test_health_is_answered_however_much_is_under_way(pipeline):
+    with served(pipeline, Limits(requests=1, steps=LONG)) as (url, worker, _), ThreadPoolExecutor(1) as pool:
+        asked = {"prompt": "a red circle", "steps": LONG}
+        drawing = pool.submit(post, f"{url}/v1/images/generations", json=asked, timeout=60)
+        until(lambda: get(f"{url}/v1/models").status_code == 429)
+        assert get(f"{url}/health").status_code == 200
+        worker.stop()
+        assert drawing.result().status_code == 503
+        assert get(f"{url}/health").status_code == 503
+
+
+def test_a_seed_is_drawn_by_lot_where_none_is_given():
+    asked = Chat(model="tiny", messages=[Message(role="user", content="hello")], temperature=1.0)
+    assert len({asked.question(LIMITS).seed for _ in range(5)}) > 1
+    assert asked.model_copy(update={"seed": 7}).question(LIMITS).seed == 7
 
 
 def test_a_client_that_goes_ends_its_work(pipeline):

@@ -105,7 +105,7 @@ def test_what_is_stopped_or_wrong_does_not_join(pipeline, session):
         lambda: session.say("a", max_new_tokens=1000),
         lambda: session.draw("a", drawing=Drawing(steps=2, height=3, width=3)),
     ):
-        with pytest.raises(ValueError, match=r"limit is 256|the model reads 512|height 3"):
+        with pytest.raises(ValueError, match=r"limit is 512|the model reads 512|height 3"):
             wrong()
     assert (session.turns, session.drawn) == (turns, drawn)
     assert session.dialogue.tokens_read > known

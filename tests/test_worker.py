@@ -4,6 +4,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import CancelledError
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,13 @@ class Held:
 
 def question(text, tokens=6, **options):
     return Question((Turn("user", text),), tokens, **options)
+
+
+def eventually(holds):
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def heard(worker, asked):
@@ -155,6 +163,37 @@ def test_a_conversation_that_goes_on_reads_only_what_is_new(pipeline, worker):
     assert answer == "".join(mllm.reply(mllm.builder([longer]), 4))
     (entry,) = worker._dialogues
     assert entry[1].tokens_read - before < further.prompt_tokens - said.prompt_tokens + further.tokens + 4
+
+
+def test_what_an_answer_has_read_stays_where_it_is_cut_off(worker):
+    first, heard_of = question("is there a star ?", 64), threading.Event()
+    future = worker.answer(first, lambda piece: heard_of.set())
+    assert heard_of.wait(60)
+    future.cancel()
+    eventually(lambda: worker._dialogues)
+    assert worker._dialogues[0][0] == first.turns
+
+
+def test_without_a_limit_an_answer_may_fill_the_context(pipeline, worker):
+    asked = replace(question("is there a star ?", None), longest=10**6)
+    _, said = heard(worker, asked)
+    assert said.whole or said.prompt_tokens + said.tokens == pipeline.model.mllm.context
+    assert heard(worker, replace(asked, longest=3))[1].tokens <= 3
+
+
+def test_it_is_unwell_after_three_failures_in_a_row(pipeline, worker, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("CUDA error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker, "pipeline", broken)
+        for _ in range(3):
+            assert worker.well
+            with pytest.raises(RuntimeError, match="CUDA error"):
+                worker.draw(Asked("a star"), [0], Drawing(1))[0].result(60)
+        eventually(lambda: not worker.well)
+    worker.draw(Asked("a star"), [0], Drawing(1))[0].result(60)
+    eventually(lambda: worker.well)
 
 
 def test_an_answer_tells_its_tokens_and_why_it_ended(pipeline, worker):

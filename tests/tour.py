@@ -31,14 +31,10 @@ STOPPED = 130  # the exit code of what a signal ends
 SHORT = "--schedule.steps 2 --schedule.save-every 2 --schedule.preview-every 0 --schedule.batch-size"
 
 ADDED: tuple[tuple[str, str], ...] = (
-    ("torchrun --nproc_per_node 2", f"{SHORT} 8 --out runs/two-ranks"),
-    ("deepspeed --module", f"{SHORT} 8 --out runs/deepspeed"),
+    ("torchrun --nproc_per_node 2", f"{SHORT} 8"),
+    ("deepspeed --module", f"{SHORT} 8"),
     ("train.run metaquery.xlarge_sana --plan", ""),
-    (
-        "train.run metaquery.emoji --data.max-aspect",
-        f"{SHORT} 8 --data.sources.0.urls 'shards/mine/*.tar' --out runs/shapes",
-    ),
-    ("train.run metaquery.world --task.model.vae.path", f"{SHORT} 8 --out runs/on-tuned"),
+    ("train.run metaquery.emoji --data.max-aspect", f"{SHORT} 8 --data.sources.0.urls 'shards/mine/*.tar'"),
     ("train.run repae", f"{SHORT} 4"),
     ("train.run", f"{SHORT} 8"),
     ("train.doctor", "--schedule.batch-size 8"),

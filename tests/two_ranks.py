@@ -144,7 +144,28 @@ def diverging(ranks: Ranks, out: Path) -> dict[str, Any]:
         checkpoint.load(path if ranks.first else out / "elsewhere", task.engines, ranks)
     except ValueError as error:
         problem = str(error)
-    return {"digest": digest(task.engine), "problem": problem, "seconds": time.monotonic() - began}
+    seconds, unlike = time.monotonic() - began, ""
+    try:
+        fit(
+            Unlike(ranks, config),
+            schedule,
+            seed=0,
+            folder=out.with_name("unlike"),
+            config={},
+            resume="auto",
+            metrics=MetricsConfig(),
+            ranks=ranks,
+        )
+    except ValueError as error:
+        unlike = str(error)
+    return {"digest": digest(task.engine), "problem": problem, "seconds": seconds, "unlike": unlike}
+
+
+class Unlike(Toy):
+    """Whose ranks read different data."""
+
+    def reads(self) -> dict[str, str]:
+        return {"data": f"shards of rank {self.ranks.rank}"}
 
 
 def repae(ranks: Ranks, out: Path, name: str) -> dict[str, Any]:

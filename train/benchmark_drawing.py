@@ -29,7 +29,7 @@ from sample.pipeline import Pipeline
 from sample.settings import Drawing, Guidance
 from sample.solver import solve
 from train import stand_in
-from train.machine import record, timed
+from train.machine import check_device, record, timed
 from train.parts import blank_prefix
 from train.plan import metaquery_of, shaped
 
@@ -72,8 +72,7 @@ def drawn(args: Drawn) -> None:
     """
     if min(args.prefix_tokens, args.pictures, args.repeats, args.steps) < 1 or args.guidance == 1:
         raise ValueError("give sizes, steps and repeats of at least 1, and a guidance other than 1, which has one branch")
-    if args.device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device is {args.device}, and torch finds no GPU; give cpu")
+    check_device(args.device)
     torch.manual_seed(0)
     model = build(args)
     seconds: dict[str, list[float]] = {}

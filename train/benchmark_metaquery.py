@@ -34,7 +34,7 @@ from train import stand_in
 from train.compiled import compile_blocks
 from train.cost import flop, kept_bytes
 from train.loss import squared_error
-from train.machine import matrix_rate, record, timed
+from train.machine import check_device, matrix_rate, record, timed
 from train.optim import OptimConfig, adamw
 from train.parts import blank_prefix, steps
 from train.plan import metaquery_of, shaped, unchecked
@@ -74,8 +74,7 @@ def metaquery(args: Metaquery) -> None:
     """
     if min(args.prefix_tokens, args.batch_size, args.repeats) < 1:
         raise ValueError("give sizes and repeats of at least 1")
-    if args.device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device is {args.device}, and torch finds no GPU; give cpu")
+    check_device(args.device)
     torch.manual_seed(0)
     model = build(args, args.device)
     counted = counts(args)

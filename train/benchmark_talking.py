@@ -10,14 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from model.dialogue import Dialogue
 from model.mllm import MLLMConfig, load
 from model.prefix import Turn
 from sample.measures import Measure, show, spread
 from sample.world_answers import exams
-from train.machine import record, timed
+from train.machine import check_device, record, timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +45,7 @@ def talking(args: Talking) -> None:
     """
     if min(args.turns, args.side, args.repeats) < 1 or not 0 <= args.pictures <= args.turns:
         raise ValueError("give turns, side and repeats of at least 1, and no more pictures than turns")
-    if args.device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device is {args.device}, and torch finds no GPU; give cpu")
+    check_device(args.device)
     mllm = load(MLLMConfig(args.mllm)).to(args.device)
     turns = conversation(args)
     length = mllm.builder([turns[:-1]]).ids.shape[1]

@@ -50,6 +50,12 @@ def available_memory() -> float:
     return min(free)
 
 
+def check_device(device: str) -> None:
+    """ValueError for one that is not there."""
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device}, and torch finds no GPU; give cpu")
+
+
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP per second of the best of five products of large square matrices."""
     size = 8192 if device.type == "cuda" else 2048

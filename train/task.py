@@ -103,11 +103,17 @@ def loader_for(collate: Collate, run: Run, ranks: Ranks, latents: bool = False) 
     for latents where a task takes none."""
     if not latents and any(isinstance(source, Shards) and source.latents is not None for source in run.data.sources):
         raise ValueError("data.sources latents: this task encodes every picture itself; leave them out")
-    if run.data.buckets is not None and getattr(collate, "buckets", None) is None:
-        raise ValueError(f"data.max_aspect is {run.data.max_aspect}, and this task learns from squares alone; set it to 1")
+    if getattr(collate, "buckets", None) is None:
+        refuse_shapes(run.data)
     batch_size = run.schedule.batch_size
     size = micro_batch_size(batch_size, run.schedule.accumulation, ranks.world)
     return Loader(run.data, collate, size, ranks.rank, ranks.world, run.seed, batch_size)
+
+
+def refuse_shapes(data: Data) -> None:
+    """ValueError where a task that learns from squares alone is given pictures of many shapes."""
+    if data.buckets is not None:
+        raise ValueError(f"data.max_aspect is {data.max_aspect}, and this task learns from squares alone; set it to 1")
 
 
 def check_buckets(data: Data, factor: int) -> None:

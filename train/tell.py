@@ -47,7 +47,7 @@ from train.metaquery import BridgeTask, start_from
 from train.preview import PreviewConfig
 from train.ranks import Ranks
 from train.talk import only_world
-from train.task import engine_for
+from train.task import engine_for, refuse_shapes
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -97,6 +97,7 @@ class TellTaskConfig:
             raise ValueError(f"task.model.read is {self.model.read}; a bridge without queries is told nothing, give queries")
         if run.data.task != "t2i":
             raise ValueError(f"data.task is {run.data.task}; a bridge is told what task.mix says, give t2i")
+        refuse_shapes(run.data)
         others = "data.sources: asks of the generated world are told, and nothing else; give one world"
         world = only_world(run.data, others)
         model = build(self.model)

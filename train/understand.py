@@ -38,7 +38,7 @@ from train.loop import alone_in
 from train.ranks import Ranks
 from train.see import places, through_noise
 from train.talk import GroupCollate, Talk, only_world, training_text
-from train.task import Task, engine_for
+from train.task import Task, engine_for, refuse_shapes
 
 if TYPE_CHECKING:
     from train.config import Run
@@ -65,7 +65,9 @@ class UnderstandConfig:
     """Weight of telling, through noise, from each visual token where in its picture it lies. Answers alone let the tower
     forget it, long before they ask for it. 0: none."""
     group: int = 4
-    """Batches are sorted by length in groups of so many, which saves padding; 1 keeps the loader's order."""
+    """Batches are sorted by length in groups of so many, on each rank, which saves padding; 1 keeps the loader's order. A
+    run that goes on in the midst of a group is exact on as many ranks; on others, samples of that group may come twice or
+    not at all."""
     text_conversations: int = 6000
     """How many the tokenizer of a fresh model is trained on."""
     exam_pictures: int = 100
@@ -80,6 +82,7 @@ class UnderstandConfig:
         """Load the model (after making it, if it is fresh), choose what trains, and hand it to an engine."""
         if run.data.task != "chat":
             raise ValueError(f"data.task is {run.data.task}; an MLLM learns to answer from chat")
+        refuse_shapes(run.data)
         source = self._source(run, ranks)
         mllm = load(MLLMConfig(str(source), dtype="float32"))
         if not isinstance(mllm, Qwen2_5_VL):
