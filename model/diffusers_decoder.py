@@ -78,8 +78,9 @@ class DiffusersDecoder(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """x_t [B, c, h, w], t [B] in [0, 1], condition [B, L, C] -> float32 prediction [B, c, h, w]."""
         dtype = self.model.dtype
-        halved = nullcontext() if dtype == torch.float32 else torch.autocast(x_t.device.type, enabled=False)
-        with halved:  # what has 16 bits already would lose what it does in float32 on purpose, as it is never drawn
+        # Autocast would put into 16 bits what a network of 16 bits does in float32 on purpose, and it would draw otherwise.
+        apart = dtype != torch.float32 and not x_t.is_meta
+        with torch.autocast(x_t.device.type, enabled=False) if apart else nullcontext():
             return self.model(
                 x_t.to(dtype),
                 encoder_hidden_states=condition.to(dtype),  # every token is real: no mask, which costs the fast attention

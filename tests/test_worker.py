@@ -46,7 +46,7 @@ class Held:
         assert self.go.wait(60)
 
 
-def question(text, tokens=6, **options):
+def question(text, tokens: int | None = 6, **options):
     return Question((Turn("user", text),), tokens, **options)
 
 
