@@ -16,7 +16,7 @@ from model.hub import Source, fetched, weights
 from sample.drawn import read_about
 from sample.image_scores import picture_at
 from sample.measures import Measure, mean
-from sample.progress import Watch
+from sample.progress import Track
 from sample.prompts import lines_of
 
 
@@ -53,7 +53,7 @@ def score(
     files: Sequence[Path],
     prompts: Sequence[str],
     batch_size: int,
-    watch: Watch = iter,
+    watch: Track = iter,
 ) -> dict[str, Measure]:
     """The mean over all pictures, and the share of prompts that were cut."""
     found: list[float] = []

@@ -15,7 +15,7 @@ from model.targets import Target
 from sample.fidelity import frechet, psnr, spatial_variance
 from sample.labelled import LabelledDecoder
 from sample.measures import Measure, mean
-from sample.progress import Watch
+from sample.progress import Track
 
 FEATURE_GRID = (8, 8)  # tokens over which the features of a picture are averaged
 
@@ -30,7 +30,7 @@ def score(
     seed: int,
     batch_size: int,
     steps: int,
-    watch: Watch = lambda each: each,
+    watch: Track = lambda each: each,
 ) -> dict[str, Measure]:
     """Over n held-out pictures: the distance of what is drawn from their labels by the features of `target` (local: not
     comparable with an Inception's), how well the VAE rebuilds them, the variance of its raw latents over places, and the

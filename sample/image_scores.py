@@ -17,7 +17,7 @@ from model.targets import Target
 from sample.decoder_scores import FEATURE_GRID
 from sample.fidelity import frechet, kernel_distance, precision_recall
 from sample.measures import Measure
-from sample.progress import Watch
+from sample.progress import Track
 
 INCEPTION_ENDINGS = (".png", ".jpg", ".jpeg")  # of the files that torch-fidelity reads
 
@@ -32,13 +32,13 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def features(files: list[Path], target: Target, size: int, batch_size: int, device: torch.device, watch: Watch) -> Tensor:
+def features(files: list[Path], target: Target, size: int, batch_size: int, device: torch.device, watch: Track) -> Tensor:
     """[B, E]: of each picture the mean over places, its central square scaled to `size` pixels."""
     batches = pixels_of(files, size, batch_size, watch)
     return torch.cat([target(pixels.to(device), FEATURE_GRID).mean(1).cpu() for pixels in batches])
 
 
-def pixels_of(files: list[Path], size: int, batch_size: int, watch: Watch) -> Iterator[Tensor]:
+def pixels_of(files: list[Path], size: int, batch_size: int, watch: Track) -> Iterator[Tensor]:
     """[B, 3, H, W] in [-1, 1], the central square of each picture scaled to `size` pixels."""
     for start in watch(range(0, len(files), batch_size)):
         yield _pixels(files[start : start + batch_size], size)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sample.progress import Watch, progress
+from sample.progress import Track, progress
 
 DRAWN_FIRST = "a red circle"
 
@@ -62,7 +62,7 @@ def parity(args: Parity) -> None:
         sys.exit(1)
 
 
-def compare(mllm: Any, base: Any, args: Parity, watch: Watch = iter) -> tuple[dict[str, Any], str]:
+def compare(mllm: Any, base: Any, args: Parity, watch: Track = iter) -> tuple[dict[str, Any], str]:
     """Measures by name (`tensors`, `logits` and `answers`: shares that are the same bit for bit, letter for letter;
     `logits_difference`, and `cached_difference` of the path by which ours answers), and the sha256 of the base."""
     import torch

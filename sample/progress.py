@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Callable, Iterable
 
-Watch = Callable[[Iterable], Iterable]
+Track = Callable[[Iterable], Iterable]
 """Gives on what it is given, and shows how far that is."""
 
 
-def progress(what: str) -> Watch:
+def progress(what: str) -> Track:
     """A bar called `what`; none where standard error is no terminal."""
     from rich.console import Console
     from rich.progress import track

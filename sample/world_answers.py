@@ -18,7 +18,7 @@ from data.world.scene import COLOURS, OPPOSITE, SHAPES, SIZES, make_scene, rando
 from model.frozen import FrozenMLLM
 from model.prefix import Turn
 from sample.measures import Measure, share
-from sample.progress import Watch
+from sample.progress import Track
 
 _WORDS = [*COLOURS, *SHAPES, *SIZES, *OPPOSITE, *(PLURALS.get(shape, shape + "s") for shape in SHAPES)]
 _SCENE_WORDS = re.compile(r"\b(an?|" + "|".join(sorted(_WORDS, key=len, reverse=True)) + r")\b")
@@ -53,7 +53,7 @@ def understanding(
     mllm: FrozenMLLM,
     asked: Sequence[Exam],
     batch_size: int = 32,
-    watch: Watch = iter,
+    watch: Track = iter,
 ) -> dict[str, Measure]:
     """Accuracy by kind and overall, with the picture (`understanding.colour`), without it (`understanding.blank.colour`),
     and of the best guess (`understanding.chance.colour`). `watch` may show progress over the batches."""
@@ -67,7 +67,7 @@ def understanding(
     return measures | _by_kind(CHANCE, kinds, best_guess([exam.question for exam in asked]))
 
 
-def answers(mllm: FrozenMLLM, asked: Sequence[Exam], batch_size: int, watch: Watch = iter) -> list[str]:
+def answers(mllm: FrozenMLLM, asked: Sequence[Exam], batch_size: int, watch: Track = iter) -> list[str]:
     """The likeliest answer to each question, lower case, without a closing full stop."""
     given: list[str] = []
     for start in watch(range(0, len(asked), batch_size)):

@@ -14,7 +14,7 @@ from data.world.captions import holds
 from data.world.reader import read
 from sample.grid import Cell, Row, sheet
 from sample.measures import Measure, share
-from sample.progress import Watch
+from sample.progress import Track
 from sample.world_suite import Asked, chance
 
 Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
@@ -46,7 +46,7 @@ def drawing(
     name: str = "generation",
     seed: int = 0,
     batch_size: int = 32,
-    watch: Watch = iter,
+    watch: Track = iter,
 ) -> tuple[dict[str, Measure], list[Judged]]:
     """Scores by category (`generation.colour`), of empty prompts (`generation.empty.colour`) and of chance
     (`generation.chance.colour`), with all verdicts. Picture i has seed `seed + i`."""

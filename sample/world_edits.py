@@ -33,7 +33,7 @@ from model.prefix import DRAW_SYSTEM, Turn
 from sample.grid import Cell, Row, table
 from sample.measures import Measure, mean, share
 from sample.pipeline import Asked, Pipeline
-from sample.progress import Watch
+from sample.progress import Track
 from sample.settings import Drawing
 
 TOLERANCE = 0.08  # a place is right within this share of the canvas
@@ -118,7 +118,7 @@ def drawer(pipeline: Pipeline, drawing: Drawing) -> Draw:
 
 
 def editing(
-    draw: Draw, split: str, n: int, seed: int = 0, batch_size: int = 32, watch: Watch = iter
+    draw: Draw, split: str, n: int, seed: int = 0, batch_size: int = 32, watch: Track = iter
 ) -> tuple[dict[str, Measure], list[Judged]]:
     """Scores of `n` edits, `n` reconstructions and `n` subjects of a split, with all verdicts. Picture i has seed
     `seed + i`."""
@@ -144,7 +144,7 @@ def editing(
 
 
 def conversing(
-    draw: Draw, split: str, n: int, seed: int = 0, batch_size: int = 32, watch: Watch = iter
+    draw: Draw, split: str, n: int, seed: int = 0, batch_size: int = 32, watch: Track = iter
 ) -> tuple[dict[str, Measure], list[Dialogue]]:
     """Scores of `n` conversations of three turns, which end at the first picture that is not whole. Conversation i has seed
     `seed + i` in the first turn, and one `n` higher in each further one."""

@@ -185,7 +185,7 @@ def test_what_cannot_be_drawn_is_one_sentence(pipe):
         (dict(output_type="jpg"), "output_type: 'jpg' is unknown"),
         (dict(num_images_per_prompt=0), "num_images_per_prompt: 0"),
         (dict(num_inference_steps=0), "steps: 0"),
-        (dict(height=9), "multiples of 2"),
+        (dict(height=9), "multiples of 4"),
         (dict(seeds=[1]), "generator: 1 for 2 pictures"),
         (dict(image=[tiny.image()]), "image: 1 entries for 2 prompts"),
         (dict(image="a.png"), "image: a str is no PIL image"),

@@ -209,7 +209,7 @@ def test_a_line_that_is_wrong_is_named(release, tmp_path, capsys):
         ({"prompt": "a", "n": 0}, "line 2: n 0 is too small"),
         ({"prompt": "a", "seed": -1}, "line 2: seed -1 cannot be counted up from"),
         ({"prompt": "a", "height": -8}, "line 2: height -8 is no size"),
-        ({"prompt": "a", "width": 15}, "multiples of 2"),
+        ({"prompt": "a", "width": 14}, "VAE and decoder take multiples of 4"),
         ({"prompt": "a", "images": "one.png"}, "line 2: images"),
         ({"prompt": "a", "images": ["absent.png"]}, "absent.png is not a file"),
         ({"prompt": ""}, "line 2 asks for nothing"),

@@ -133,7 +133,7 @@ def test_an_answer_that_is_broken_off_or_refused_leaves_no_trace(studio, tmp_pat
         next(begun)
         begun.close()
         assert talks.messages("ann") == before
-    with pytest.raises(ValueError, match="limit is 256"):
+    with pytest.raises(ValueError, match="limit is 512"):
         list(talks.say("ann", "star " * 300))
     with pytest.raises(ValueError, match="question: there is nothing"):
         talks.say("ann", "")

@@ -36,6 +36,7 @@ from sample import cli
 from train import checkpoint
 from train.config import Run
 from train.engine import KINDS
+from train.loop import read_alike
 from train.ranks import Lost, Ranks, others_answer, start
 
 PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "webdataset", "safetensors")
@@ -185,13 +186,15 @@ def _source(source: World | Shards, run: Run) -> str:
 
 
 def step(run: Run, ranks: Ranks) -> Finding:
-    """Builds the task, reads a batch and takes one optimizer step; what that takes, and what a checkpoint will."""
+    """Builds the task, which must read the same data on all ranks, reads a batch and takes one optimizer step; what that
+    takes, and what a checkpoint will."""
     aside = run.folder.with_name(f".{run.folder.name}.{ranks.share(uuid.uuid4().hex[:8])}.doctor")  # for a fresh MLLM
     try:
         task: Any = run.task.build(replace(run, out=aside), ranks)
     finally:
         if ranks.first:
             shutil.rmtree(aside, ignore_errors=True)
+    read_alike(task, ranks)
     batches = task.batches(0)
     began = time.perf_counter()
     held = [next(batches) for _ in range(run.schedule.accumulation)]

@@ -97,7 +97,7 @@ def fit(
         raise ValueError(
             f"schedule.keep_best is {schedule.keep_best}, and this run's previews measure {known}; name one of it"
         )
-    reads = _read_alike(task, ranks)
+    reads = read_alike(task, ranks)
     frozen = {**task.frozen(), **reads} if ranks.first else {}
     root = folder / "checkpoints"
     keep = checkpoint.Keep(schedule.keep, schedule.keep_every, schedule.keep_best, lowest=schedule.best_is == "lowest")
@@ -187,7 +187,7 @@ def _previewed(task: Task, folder: Path, step: int) -> tuple[dict[str, float] | 
         return None, sentence(error)
 
 
-def _read_alike(task: Task, ranks: Ranks) -> dict[str, str]:
+def read_alike(task: Task, ranks: Ranks) -> dict[str, str]:
     """What the task reads, once it is the same on every rank: each takes its share of the samples by their numbers. Raises
     ValueError, on every rank, where it is not."""
     reads = ranks.gather(task.reads())
