@@ -12,6 +12,7 @@ from PIL import Image
 from data import lint
 from data.pack import write_shards
 from data.records import Task
+from data.shard_index import index_shard
 from tests.test_shards import items, png, write_tar
 
 PICTURE = png((10, 20, 30))
@@ -74,6 +75,21 @@ def test_a_damaged_archive_is_a_problem_of_the_shard(tmp_path):
         path.write_bytes(whole[:end])
         found = lint.lint(str(path), "t2i")
         assert any(p.key == "" and "damaged" in p.problem for p in found), end
+
+
+def test_a_size_that_has_changed_in_place_is_a_problem_of_its_sample(tmp_path):
+    """Under an index that is still taken for its own."""
+    path = tmp_path / "shard.tar"
+    write_tar(path, [*SAMPLE, ("b.png", PICTURE), ("b.txt", b"b")])
+    times = path.stat()
+    index_shard(str(path))
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b"b.txt") + 124
+    whole[at : at + 11] = b"00000000007"
+    path.write_bytes(whole)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    found = [p for p in lint.lint(str(path), "t2i") if "is not what was indexed" in p.problem]
+    assert [p.key for p in found] == ["b"]
 
 
 def test_a_link_is_never_followed(tmp_path):

@@ -13,9 +13,10 @@ from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUs
 from PIL import Image
 
 from model.assets import ROOT
-from model.files import read_json, read_tensors, sha256_of
+from model.files import dump_config, read_json, read_tensors, sha256_of
 from model.store import load
 from sample import publish
+from sample.card import TOLD, _at
 from sample.cli import run
 from sample.diffusers_pipeline import MetaQueryPipeline
 from sample.measures import Measure, share, write_json
@@ -23,6 +24,7 @@ from sample.pipeline import Pipeline
 from sample.settings import Drawing
 from tests import releases
 from tests.test_diffusers_pipeline import classes  # noqa: F401  a fixture
+from train.run import named
 
 PROMPT, SEED, STEPS = "a red circle", 5, 2
 
@@ -162,6 +164,11 @@ def test_the_card_is_filled_from_the_files(release, measures, tmp_path):
     assert "| generation.colour | 100.0 %" in again
     assert "| schedule.steps | `7` |" in again
     assert publish._verify(out) == []
+
+
+def test_the_settings_that_a_card_tells_exist():
+    settings = dump_config(named("metaquery.world")())
+    assert [name for name in TOLD if name != "task.init" and _at(settings, name) is None] == []
 
 
 @pytest.mark.parametrize("option", ["--measures", "--run"])

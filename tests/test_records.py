@@ -27,6 +27,7 @@ def test_edit_and_reconstruction():
 def test_labelled():
     assert to_record("labelled", raw(json={"label": 3})) == Labelled("k", RED, 3)
     assert to_record("labelled", raw(json={"scene": {"background": "white"}})) == Labelled("k", RED, {"background": "white"})
+    assert to_record("labelled", raw(json={"scene": "a beach", "label": 3})) == Labelled("k", RED, 3)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_jsonl_of_every_task(tmp_path):
     lines = [
         {"image": "red.png", "caption": "red", "licence": "CC0"},
         {"image": "red.png", "text": "also red"},
-        {"image": "red.png", "sources": ["blue.png"], "instruction": "make it red"},
+        {"image": "red.png", "sources": ["blue.png"], "caption": "red", "instruction": "make it red"},
         {"images": ["blue.png"], "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "blue"}]},
         {"image": "blue.png", "label": 7},
     ]
@@ -118,6 +118,7 @@ def test_jsonl_of_every_task(tmp_path):
     assert to_record("t2i", plain) == TextToImage("000000000", "red", red)
     assert to_record("t2i", text) == TextToImage("000000001", "also red", red)
     assert to_record("edit", edit) == Edit("000000002", (blue,), "make it red", red)
+    assert edit["json"]["caption"] == "red"
     turns = (Turn("user", "?", (blue,)), Turn("assistant", "blue"))
     assert to_record("chat", chat) == Conversation("000000003", turns)
     assert to_record("labelled", labelled) == Labelled("000000004", blue, 7)
@@ -211,6 +212,9 @@ def test_a_crash_leaves_no_folder(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_shards(range(9), read, tmp_path / "out", shard_size=2)
     assert not list(tmp_path.iterdir())
+    (tmp_path / f".out.{os.getpid()}.tmp").mkdir()  # left by one that was killed, where process ids repeat
+    assert write_shards(range(5), read, tmp_path / "out", shard_size=2).samples == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.skipif(not FONT.is_file(), reason=f"no {FONT}: install fonts-noto-color-emoji or set EMOJI_FONT")
