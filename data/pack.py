@@ -85,7 +85,7 @@ def members(item: Item, key: str) -> dict[str, bytes]:
     try:
         if item.caption:
             files["txt"] = item.caption.encode()
-            described.setdefault("caption", item.caption)
+            described["caption"] = described.get("caption") or item.caption
         files["json"] = json.dumps(described, ensure_ascii=False, sort_keys=True).encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair
         raise BadSample("a text is not Unicode") from error

@@ -76,9 +76,14 @@ def beside(path: str, ending: str) -> str:
     return parts._replace(path=parts.path + ending).geturl()
 
 
+def unsigned(path: str) -> str:
+    """The same without the query of a signed URL, which is another each time."""
+    return urlsplit(path)._replace(query="").geturl() if is_url(path) else path
+
+
 def name_of(path: str) -> str:
-    """The name of a file, without the query of a signed URL, which is another each time."""
-    return os.path.basename(urlsplit(path).path if is_url(path) else path)
+    """The name of a file."""
+    return os.path.basename(unsigned(path))
 
 
 _stores: dict[tuple[int, str], Any] = {}

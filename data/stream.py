@@ -20,7 +20,7 @@ from data.address import draw, permute
 from data.records import BadSample
 from data.shard_index import MAX_BYTES, Damaged, members_of
 from data.shards import check_sizes, decode_members, expand
-from data.storage import TRIES, is_url, name_of, store_of, unreached, wait
+from data.storage import TRIES, is_url, store_of, unreached, unsigned, wait
 
 
 class _Packed(NamedTuple):
@@ -53,7 +53,7 @@ class StreamSource:
 
     def fingerprint(self) -> str:
         """The names of the shards: which sample a number stands for is not known before."""
-        return repr([name_of(shard) for shard in self._shards])
+        return repr(list(map(unsigned, self._shards)))
 
     def fetch(self, indices: object) -> None:
         """Nothing: they come in their order."""

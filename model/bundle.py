@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from model.assets import ROOT, locate
+from model.decoder import NOISE_FILE
 from model.files import read_json, write_json
 from model.store import BESIDE, INSIDE
 
@@ -68,7 +69,11 @@ def _files(name: str, folder: Path) -> Iterator[tuple[Path, Path]]:
     only: tuple[str, ...] = ("",)
     if name == "decoder":
         whole = (folder / "model_index.json").is_file()
-        only = ("model_index.json", "scheduler/", "transformer/", "unet/") if whole else ("config.json", "model.safetensors")
+        only = (
+            ("model_index.json", "scheduler/", "transformer/", "unet/")
+            if whole
+            else ("config.json", "model.safetensors", NOISE_FILE)
+        )
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder)
         if path.is_file() and path.suffix in DATA and str(place).startswith(only) and not str(place).startswith("."):

@@ -107,9 +107,10 @@ def load_sit(path: str, weights: bool = True) -> SiT:
 
 def noise_of(path: str) -> NoiseConfig:
     """The schedule that the SiT of a folder was trained by; ValueError where nothing says it."""
-    file = _folder(path) / NOISE_FILE
-    if not file.is_file():
-        raise ValueError(f"{file.parent} has no {NOISE_FILE}; name the release of a decoder that this program trained")
+    folder = _folder(path)
+    file = next((each for each in (folder / NOISE_FILE, folder.parent / NOISE_FILE) if each.is_file()), None)  # once above
+    if file is None:
+        raise ValueError(f"{folder} has no {NOISE_FILE}; name the release of a decoder that this program trained")
     return parse_config(NoiseConfig, read_json(file), file)  # type: ignore[arg-type]
 
 

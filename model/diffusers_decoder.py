@@ -60,7 +60,7 @@ class DiffusersDecoder(nn.Module):
     condition_gain = 1.0
     condition_tokens: int | None = None
     """The most that a call may bring; None: as many as one likes."""
-    patch, one_shape = 1, False
+    one_shape = False
 
     def __init__(self, config: DiffusersDecoderConfig, model: Any, noise: NoiseConfig):
         super().__init__()
@@ -69,6 +69,9 @@ class DiffusersDecoder(nn.Module):
         self.condition_width: int = self._condition_width()
         side: int = config.sample_size or model.config.sample_size
         self.latent_shape: tuple[int, int, int] = (model.config.in_channels, side, side)
+        self.patch: int = getattr(model.config, "patch_size", None) or 1
+        if config.sample_size is not None:
+            model.register_to_config(sample_size=side)  # it goes along where the network is saved
         if config.activation_checkpointing:
             model.enable_gradient_checkpointing()
         if config.lora is not None:

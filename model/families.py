@@ -47,11 +47,13 @@ class ImageTextToText(FrozenMLLM):
 
     model_class: Any = AutoModelForImageTextToText
     images_class: type[ProcessorImages] = ProcessorImages
+    unbounded: tuple[str, ...] = ("min_pixels",)
+    """Bounds that would change nothing but the picture."""
 
     @classmethod
     def make_builder(cls, config: MLLMConfig) -> PrefixBuilder:
         """Tokenizer, image processor and chat template of the model that `config` names."""
-        _refuse(config, "min_pixels")
+        _refuse(config, *cls.unbounded)
         processor = assemble_processor(config)
         template = processor.chat_template or processor.tokenizer.chat_template
         return PrefixBuilder(processor.tokenizer, cls.images_class(processor, config.max_pixels), template=template)
@@ -101,6 +103,7 @@ class Idefics(ImageTextToText):
     """Idefics3 (Laurençon et al. 2024) and SmolVLM, which shares its shape."""
 
     images_class = IdeficsImages
+    unbounded = ("min_pixels", "max_pixels")  # its processor enlarges every picture to one length first
 
     def arguments(self, prefix: Prefix) -> dict[str, Tensor]:
         images = {name: tensor[None] for name, tensor in prefix.images.items()}

@@ -90,7 +90,7 @@ def fetched(source: Source, loader: Callable[..., Any], **options: Any) -> Any:
         if folder is not None:
             return loader(folder, local_files_only=True, **options)
         return loader(source.path, revision=source.revision, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # ImportError: an attention without its package
         if source.path.count("/") == 1 and folder is None:
             remedy = f"download it (hf download {source.path}), or name a model folder"
         else:

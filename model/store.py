@@ -101,8 +101,8 @@ def _verify(recorded: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]
 
 
 def _portable(config: MetaQueryConfig) -> MetaQueryConfig:
-    """The config with paths that move with the code."""
-
+    """The config with paths that move with the code, and without how this machine computes."""
+    config = replace(config, mllm=replace(config.mllm, vision_attention=None))
     return _each_path(config, lambda path: path if path.startswith((BESIDE, INSIDE)) else portable(path))
 
 

@@ -2,8 +2,8 @@
 
 With a release the dialogue also draws: `/draw a red circle` draws from all that was said, and the picture joins the
 conversation, so that the next question can be about it and `/edit make it blue` changes it. A script writes the same lines
-to --once, or pipes as many as it likes, and reads --json, one line for each answer and picture, {"error": ...} for what went
-wrong (and exit code 2 at the end):
+to --once, or pipes as many as it likes, and reads --json, one line for each answer and picture, and of what was piped
+{"error": ...} for each line that came to nothing (exit code 2 at the end):
 
     python -m sample.chat --release RELEASE --once --json --image cat.png "what is this?"
     {"answer": "a cat", "picture": null, "seed": 0, "tokens": 95, "seconds_to_first_token": 0.21, "seconds": 0.35}

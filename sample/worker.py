@@ -260,8 +260,10 @@ class Worker:
         yield ""
         try:
             said, ended = yield from until(pieces, question.stop)
-        finally:  # where nobody listens any more, what was read is worth as much
+        except GeneratorExit:  # nobody listens any more; what was read is worth as much
             self._dialogues.append((question.turns, dialogue))
+            raise
+        self._dialogues.append((question.turns, dialogue))
         if ended is None:
             return Said(length, len(self.mllm.builder.encode(said)), whole=True)
         return Said(length, ended.tokens, ended.whole)

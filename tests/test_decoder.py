@@ -31,7 +31,9 @@ def test_a_trained_sit_brings_its_schedule(tmp_path):
     for weights in (True, False):
         assert build_decoder(config, weights).noise == schedule
     assert build_decoder(config, noise=DiffusionConfig()).noise == DiffusionConfig()
-    (folder / "noise.json").unlink()
+    (folder / "noise.json").rename(tmp_path / "noise.json")  # where it was once
+    assert build_decoder(config).noise == schedule
+    (tmp_path / "noise.json").unlink()
     with pytest.raises(ValueError, match=r"decoder has no noise\.json; name the release"):
         build_decoder(config)
     assert build_decoder(config, noise=schedule).noise == schedule

@@ -13,7 +13,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from model.decoder import DiffusersDecoderConfig, build_decoder
-from model.diffusers_decoder import LoraConfig, scheduler_noise
+from model.diffusers_decoder import DiffusersDecoder, LoraConfig, adopt_network, scheduler_noise
 from model.hub import Source
 from model.metaquery import build
 from model.noise import DiffusionConfig, FlowConfig
@@ -179,3 +179,12 @@ def test_weights_of_16_bits_are_not_updated_in_place(parts, tmp_path):
     config = type(config)(**{**vars(config), "engine": EngineConfig(zero=0, precision="fp32")})
     with pytest.raises(ValueError, match=r"engine.zero is 0, .* has 16 bits"):
         config.task.build(config, start(60))
+
+
+def test_another_size_than_the_files_say_stays_with_the_network(tmp_path):
+    folder = tiny_decoders.auraflow(tmp_path / "aura")
+    assert build_decoder(DiffusersDecoderConfig(str(folder))).latent_shape[1:] == (8, 8)
+    wide = build_decoder(DiffusersDecoderConfig(str(folder), sample_size=12))
+    assert (wide.latent_shape[1:], wide.patch) == ((12, 12), 2)
+    assert isinstance(wide, DiffusersDecoder)
+    assert adopt_network(wide.model, FlowConfig()).latent_shape[1:] == (12, 12)

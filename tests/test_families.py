@@ -185,6 +185,12 @@ def test_tiles_are_bounded_where_a_family_cuts_pictures_up(tmp_path):
     assert len(bounded) < len(whole)
 
 
+def test_a_bound_that_would_only_blur_is_refused(tmp_path):
+    folder = str(SEEING["idefics3"](tmp_path / "mllm"))
+    with pytest.raises(ValueError, match=r"mllm.max_pixels: the model at .* has no such setting"):
+        mllm.load_builder(MLLMConfig(folder, max_pixels=256))
+
+
 def test_how_the_vision_tower_attends_can_be_said(tmp_path):
     folder = str(SEEING["qwen2_5_vl"](tmp_path / "mllm"))
     fused, plain = (mllm.load(MLLMConfig(folder, dtype="float32", vision_attention=kind)) for kind in (None, "eager"))

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -171,7 +171,8 @@ def spoiled(jpeg: bytes, turn: int) -> dict[str, bytes]:
 def loader(folder: Path, args: Loading) -> Iterator[Any]:
     """Our loader's batches, whatever share of the samples is bad."""
     data = Data((Shards(f"{folder}/*.tar"),), task="labelled", image_size=args.image_size, max_bad_share=1.0)
-    return iter(Loader(data, LabelledCollate(args.image_size), args.batch_size))
+    for batch in Loader(data, LabelledCollate(args.image_size), args.batch_size):
+        yield replace(batch, levels=batch.pixels)  # as floats, which the others make as well
 
 
 def webdataset(

@@ -36,7 +36,6 @@ from sample import cli
 from train import checkpoint
 from train.config import Run
 from train.engine import KINDS
-from train.loop import read_alike
 from train.ranks import Lost, Ranks, others_answer, start
 
 PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "webdataset", "safetensors")
@@ -50,6 +49,8 @@ class Finding:
 
     said: str
     problem: str | None = None
+    reads: dict[str, str] | None = None
+    """sha256 of the data by name, which is one on all ranks."""
 
 
 Look = Callable[[Run, Ranks], Finding]
@@ -87,6 +88,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from error
         problems = {f"rank {rank}: {each.problem}" for rank, each in enumerate(found) if each.problem}
+        others = [rank for rank, each in enumerate(found) if each.reads != found[0].reads]
+        if others and not problems:
+            problems = {f"rank {rank}: it reads other data than rank 0; see that it has the same shards" for rank in others}
         table.add_row(name, "\n".join(sorted({each.said for each in found})), "\n".join(sorted(problems)))
         if problems:  # what comes next may wait for a rank that cannot answer
             well = False
@@ -186,15 +190,13 @@ def _source(source: World | Shards, run: Run) -> str:
 
 
 def step(run: Run, ranks: Ranks) -> Finding:
-    """Builds the task, which must read the same data on all ranks, reads a batch and takes one optimizer step; what that
-    takes, and what a checkpoint will."""
+    """Builds the task, reads a batch and takes one optimizer step; what that takes, and what a checkpoint will."""
     aside = run.folder.with_name(f".{run.folder.name}.{ranks.share(uuid.uuid4().hex[:8])}.doctor")  # for a fresh MLLM
     try:
         task: Any = run.task.build(replace(run, out=aside), ranks)
     finally:
         if ranks.first:
             shutil.rmtree(aside, ignore_errors=True)
-    read_alike(task, ranks)
     batches = task.batches(0)
     began = time.perf_counter()
     held = [next(batches) for _ in range(run.schedule.accumulation)]
@@ -221,7 +223,7 @@ def step(run: Run, ranks: Ranks) -> Finding:
         return Finding(said, f"the first step is refused: {objection}; look at the data and the starting weights")
     fewer = ", or lower schedule.keep, or raise keep_every" * (more > size)
     full = f"the disk has {free / 1e9:,.2f} GB free; make room{fewer}"
-    return Finding(said, full if free < more else None)
+    return Finding(said, full if free < more else None, task.reads())
 
 
 def _careful(look: Look, run: Run, ranks: Ranks) -> Finding:

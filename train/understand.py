@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -272,10 +273,12 @@ class UnderstandTask(Task):
         """Ask what a release of this moment would be asked: previews/step-00000500.json, and the shares of right answers."""
         if not self.config.exam_pictures:
             return None
-        with TemporaryDirectory() as draft:
-            self.release(Path(draft) / "release")
+        with self.engine.averaged() as speaker, ExitStack() as held:
             if not self.ranks.first:
                 return None
+            assert isinstance(speaker, Speaker)
+            draft = held.enter_context(TemporaryDirectory())
+            save(Path(draft) / "release", speaker.whole, self.source)
             mllm = load(MLLMConfig(f"{draft}/release", dtype="bfloat16")).to(self.ranks.device)
         asked = exams(self.run.seed, "val", self.config.exam_pictures, self.run.data.image_size)
         measures = understanding(mllm, asked)
