@@ -35,7 +35,6 @@ BLOCK_BYTES = 512  # of tar's format
 AT_ONCE = 256  # indexes from elsewhere, of which the bytes are held
 HEAD_BYTES = 1 << 16  # of a picture, in which its header nearly always lies
 
-
 log = logging.getLogger(__name__)
 
 

@@ -80,8 +80,7 @@ class Bridge(nn.Module):
         """Prefix of B rows, or what the MLLM made of it -> conditioning [B, Q, C]. On a CPU, rows of like length are told
         apart, where that spares looking at padding; not at ZeRO 3, where ranks gather weights together, call by call."""
         states, looked = asked if isinstance(asked, Heard) else self.hear(asked)
-        parted = any(hasattr(parameter, "ds_id") for parameter in self.connector.parameters())
-        if looked is None or looked.ages.is_cuda or parted:
+        if looked is None or looked.ages.is_cuda or any(hasattr(p, "ds_id") for p in self.connector.parameters()):
             return self.connector(states, looked)
         lengths = (looked.ages != 0).sum(1).tolist()
         groups = by_length(lengths, GROUP_TOKENS)

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from concurrent.futures import Future
@@ -27,7 +26,6 @@ from sample.pictures import png
 from sample.pipeline import Asked
 from sample.worker import Full, Question, Said, Stopped, Worker
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
