@@ -206,7 +206,7 @@ def xl_f8d4() -> Run:
             told=ClassesTold(classes=1000, plain=True),
             perceptual=LPIPSConfig("lpips"),
             discriminator=DiscriminatorConfig(),
-            targets=(TargetConfig("facebook/dinov2-base"),),
+            targets=(TargetConfig("facebook/dinov2-base", antialias=False),),
         ),
         data=Data(sources=(Shards("shards/imagenet/*.tar"),), task="labelled", image_size=256, workers=8),
         schedule=Schedule(steps=400_000, batch_size=256, log_every=100, save_every=5_000, preview_every=10_000),
@@ -267,7 +267,8 @@ def xl_f16d32_ldm() -> Run:
     torchrun --nproc_per_node 8 -m train.run repae.xl_f16d32_ldm --data.sources.0.urls 'shards/imagenet/*.tar'
 
     800 epochs; the paper's FID is 1.12 with guidance 2.4 in [0, 0.73] and balanced labels. Never run here. With latents made
-    once by data.precompute (`--data.sources.0.latents latents/imagenet`) the VAE is not asked again.
+    once by data.precompute (`--data.sources.0.latents latents/imagenet`) the VAE is not asked again, and they are the
+    posterior's mean, where the VAE would give samples of it, as published.
     """
     run = xl_f8d4_repa()
     task = replace(

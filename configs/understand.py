@@ -16,7 +16,7 @@ from train.engine import EngineConfig
 from train.loop import Schedule
 from train.optim import OptimConfig
 from train.see import SeeTaskConfig
-from train.understand import UnderstandConfig
+from train.understand import UnderstandTaskConfig
 
 
 def language() -> Run:
@@ -28,7 +28,9 @@ def language() -> Run:
     """
     return Run(
         name="language",
-        task=UnderstandConfig(trainable=("model.language_model.*",), shares=Shares(describe=0.0, read=1.0), exam_pictures=0),
+        task=UnderstandTaskConfig(
+            trainable=("model.language_model.*",), shares=Shares(describe=0.0, read=1.0), exam_pictures=0
+        ),
         data=Data(sources=(World(seed=7),), task="chat"),
         schedule=Schedule(steps=300, batch_size=64, save_every=100),
         optim=OptimConfig(lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=100, floor=0.1),
@@ -63,7 +65,7 @@ def align() -> Run:
     Pictures described in full. 2 CPU cores, tens of minutes.
     """
     run = language()
-    task = UnderstandConfig(
+    task = UnderstandTaskConfig(
         init=Path("runs/see/release"), trainable=("model.visual.*",), shares=Shares(describe=1.0, read=0.0)
     )
     return replace(run, name="align", task=task, schedule=replace(run.schedule, steps=600, save_every=200))
@@ -80,7 +82,7 @@ def instruct() -> Run:
     return replace(
         run,
         name="instruct",
-        task=UnderstandConfig(
+        task=UnderstandTaskConfig(
             init=Path("runs/align/release"),
             shares=Shares(describe=0.05, read=0.1, where=0.4, plan=0.25),
             max_answers=5,

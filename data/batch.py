@@ -204,7 +204,7 @@ def _levels(records: Sequence[TextToImage | Edit | Labelled], size: int, buckets
     """[B, 3, H, W] uint8, of the bucket in which the loader has gathered them."""
     images = [record.image for record in records if record.image is not None]
     shapes = Counter((size, size) if buckets is None else buckets.shape_of(image) for image in images)
-    height, width = shapes.most_common(1)[0][0]  # what a PNG says of its orientation behind its pixels, no index has seen
+    height, width = shapes.most_common(1)[0][0]  # an index cannot see EXIF that a PNG stores after its pixels
     levels = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
     for image, out in zip(images, levels, strict=True):
         out.copy_(resize_and_crop(image, (height, width)))

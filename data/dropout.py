@@ -19,9 +19,9 @@ class Dropout:
     def __post_init__(self) -> None:
         for name in ("text", "image", "both"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"dropout.{name} is {getattr(self, name)}; give a probability from 0 to 1")
+                raise ValueError(f"data.dropout.{name} is {getattr(self, name)}; give a probability from 0 to 1")
         if self.text + self.image + self.both > 1:
-            raise ValueError("dropout.text, dropout.image and dropout.both exclude each other; let them sum to at most 1")
+            raise ValueError("data.dropout: text, image and both exclude each other; let them sum to at most 1")
 
 
 def drop(index: int, seed: int, probabilities: Dropout) -> Dropped:

@@ -22,7 +22,7 @@ import tyro
 from data.parallel import each_shard
 from data.shard_index import index_shards, keep_index, kept_index, make_index, recorded_digest
 from data.shards import expand
-from data.storage import here, is_url, name_of
+from data.storage import is_url, local_copy, name_of
 from model.files import sha256_of
 
 
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _indexed(path: str, out: Path | None) -> Indexed:
     try:
-        with here(path) as file:
+        with local_copy(path) as file:
             index = None if out is not None or is_url(path) else kept_index(path, digest=True, shapes=True)
             if index is None:
                 index = keep_index(path, make_index(file, digest=True, shapes=True), out)
@@ -88,7 +88,7 @@ def _verified(path: str) -> Indexed:
         known = recorded_digest(path)
         if not known:
             return Indexed(problem=f"shard {path} has no sha256 to compare with; index it first")
-        with here(path) as file:
+        with local_copy(path) as file:
             if sha256_of(Path(file)) != known["sha256"]:
                 return Indexed(problem=f"shard {path} is damaged: its bytes are not those that were indexed; fetch it again")
             return Indexed(len(index_shards([path])[0]), os.path.getsize(file))

@@ -9,7 +9,6 @@ kind that is never read; pictures, texts and json that cannot be decoded; and sa
 Exit code 1 when there is any of it.
 """
 
-import json
 import re
 import sys
 import tarfile
@@ -25,8 +24,9 @@ from data.parallel import each_shard
 from data.records import BadSample, Task, to_record
 from data.shard_index import IMAGES, MAX_BYTES, MEMBER, index_shard
 from data.shards import ShardSource, expand_local
-from model.files import write_whole
+from model.files import write_json, write_whole
 
+PICTURE = "picture"
 SHOWN = 5  # problems of a kind that are printed in full
 PLAIN = re.compile(r"(source\d+\.|mask\.)?\w+")
 """Extensions that are meant: of the sample's own member, of a source picture, of a mask."""
@@ -62,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = expand_local(args.urls)
         found = [p for problems in each_shard(partial(lint, task=args.task), paths, args.jobs, "reading") for p in problems]
         if args.json is not None:
-            text = json.dumps([asdict(problem) for problem in found], indent=2)
-            write_whole(args.json, lambda path: path.write_text(text + "\n"))
+            write_whole(args.json, lambda path: write_json(path, [asdict(problem) for problem in found]))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -83,23 +82,30 @@ def lint(path: str, task: Task) -> list[Problem]:
         index = index_shard(path)
     except (ValueError, OSError) as error:
         return [*found, Problem(path, "", _without(path, str(error)))]
-    source, seen = ShardSource.of(index), Counter[str]()
-    for row, key in enumerate(index.keys.tolist()):
-        name = key.decode(errors="replace")
-        present = [e for e, (_, size) in zip(index.extensions, index.spans[row].tolist(), strict=True) if size >= 0]
-        seen.update(present)
+    source, present = ShardSource.of(index), []
+    names = [key.decode(errors="replace") for key in index.keys.tolist()]
+    for row, name in enumerate(names):
+        sizes = zip(index.extensions, index.spans[row, :, 1].tolist(), strict=True)
+        present.append({_kind(extension) for extension, size in sizes if size >= 0})
         try:
             to_record(task, source.read(row))
         except BadSample as bad:
             found.append(Problem(path, name, bad.reason))
         except (ValueError, OSError) as error:  # another size than was indexed, or a disk that cannot be read
             found.append(Problem(path, name, _without(path, str(error))))
-    usual = {extension for extension, count in seen.items() if 0.9 * len(index) < count < len(index)}
-    for extension in sorted(usual):
-        column = index.extensions.index(extension)
-        lacking = index.keys[index.spans[:, column, 1] < 0].tolist()
-        found += [Problem(path, key.decode(errors="replace"), f"no {extension}, which the others have") for key in lacking]
+    seen = Counter(kind for kinds in present for kind in kinds)
+    for kind in sorted(kind for kind, count in seen.items() if 0.9 * len(index) < count < len(index)):
+        if task == "chat" and kind.endswith(PICTURE):
+            continue  # conversations about nothing to be seen may stand among others
+        lacking = [name for name, kinds in zip(names, present, strict=True) if kind not in kinds]
+        found += [Problem(path, name, f"no {kind}, which the others have") for name in lacking]
     return found
+
+
+def _kind(extension: str) -> str:
+    """The extension; that of any picture is one: json, picture, source0.picture."""
+    before, dot, last = extension.rpartition(".")
+    return f"{before}{dot}{PICTURE if last in IMAGES else last}"
 
 
 def _structure(path: str) -> Iterator[tuple[str, str]]:

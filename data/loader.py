@@ -74,7 +74,7 @@ class Data:
         return config.split if isinstance(config, World) else config.urls
 
 
-def open_source(data: Data, config: World | Shards, seed: int = 0, rank: int = 0, ranks: int = 1) -> Source:
+def open_source(data: Data, config: World | Shards, seed: int = 0, rank: int = 0, world_size: int = 1) -> Source:
     """The source that `config`, one of the data's, names. A world is rendered at its image size; a stream gives the part of
     this rank."""
     if isinstance(config, World):
@@ -82,7 +82,7 @@ def open_source(data: Data, config: World | Shards, seed: int = 0, rank: int = 0
     if config.stream:
         if data.buckets is not None:
             raise ValueError("data.max_aspect: the shapes of a stream's pictures are not known; set its stream to 0")
-        return StreamSource(config.urls, config.stream, seed, rank, ranks)
+        return StreamSource(config.urls, config.stream, seed, rank, world_size)
     if config.latents is not None and data.task not in (*DRAWN, "labelled"):
         raise ValueError(
             f"data.sources latents stand for pictures to draw, and data.task {data.task} draws none; leave them out"
@@ -245,6 +245,7 @@ class Loader:
         self.quality = Quality(config.max_bad_share)
         self.read = Counter({config.name(number): 0 for number in range(len(config.sources))})  # by source, since it started
         self._global_batch = batch_size_per_rank * world_size
+        self._whole = 1 if config.buckets is None else batch_size or self._global_batch  # samples that share a shape
         rows = range(rank, self._global_batch, world_size)
         self._batches = _Batches(config, collate, rows, seed, batch_size or self._global_batch)
 
@@ -267,7 +268,13 @@ class Loader:
         return fetched.batch
 
     def __iter__(self) -> Iterator[Any]:
-        """Batches from `samples` on. `samples` moves when a batch is handed out, however far the workers have read ahead."""
+        """Batches from `samples` on. `samples` moves when a batch is handed out, however far the workers have read ahead.
+        ValueError where `samples` lies within what is to be of one shape."""
+        if self.samples % self._whole:
+            raise ValueError(
+                f"schedule.batch_size is {self._whole}, and with data.max_aspect a batch has one shape: to go on from "
+                f"sample {self.samples:,}, give a size that divides it"
+            )
         self._batches.samples = self.samples
         for fetched in self._batches:
             self.read.update(fetched.read)

@@ -24,6 +24,8 @@ from model.files import check_new
 
 KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name of a format -> extension
 
+NAMED = 5  # skipped jobs of each reason that are told by name
+
 Job = TypeVar("Job")
 
 
@@ -45,10 +47,18 @@ class Written:
     samples: int
     shards: int
     skipped: Counter[str]  # reason -> jobs
+    named: dict[str, list[str]]  # reason -> the first NAMED of them
 
 
-def write_shards(jobs: Sequence[Job], read: Callable[[Job], Item], out: Path, shard_size: int = 10_000) -> Written:
-    """Write read(job) for every job; a job that raises BadSample is skipped and counted. Shows a progress bar.
+def write_shards(
+    jobs: Sequence[Job],
+    read: Callable[[Job], Item],
+    out: Path,
+    shard_size: int = 10_000,
+    name: Callable[[Job], str] = str,
+) -> Written:
+    """Write read(job) for every job; a job that raises BadSample is skipped and counted, the first few by `name`. Shows a
+    progress bar.
 
     ValueError if `out` holds files already, or if nothing could be written."""
     if shard_size < 1:
@@ -60,9 +70,10 @@ def write_shards(jobs: Sequence[Job], read: Callable[[Job], Item], out: Path, sh
     shutil.rmtree(partial, ignore_errors=True)  # of one that was killed; process ids repeat
     partial.mkdir()
     try:
-        written = _write(jobs, read, partial, shard_size)
+        written = _write(jobs, read, partial, shard_size, name)
         if not written.samples:
-            reasons = "; ".join(f"{count} x {reason}" for reason, count in written.skipped.most_common(3))
+            common = written.skipped.most_common(3)
+            reasons = "; ".join(f"{count} x {reason} ({written.named[reason][0]})" for reason, count in common)
             raise ValueError(f"nothing to write: {reasons or 'no input found'}; nothing was left in --out {out}")
         partial.rename(out)
     finally:
@@ -94,11 +105,20 @@ def members(item: Item, key: str) -> dict[str, bytes]:
     return files
 
 
-def _write(jobs: Sequence[Job], read: Callable[[Job], Item], folder: Path, shard_size: int) -> Written:
+def _write(
+    jobs: Sequence[Job], read: Callable[[Job], Item], folder: Path, shard_size: int, name: Callable[[Job], str]
+) -> Written:
     skipped: Counter[str] = Counter()
+    named: dict[str, list[str]] = {}
+
+    def skip(job: Job, reason: str) -> None:
+        skipped[reason] += 1
+        if skipped[reason] <= NAMED:
+            named.setdefault(reason, []).append(name(job))
+
     samples = shards = 0
     with bar("packing") as progress:
-        packed = _pack(progress.track(jobs), read, skipped)
+        packed = _pack(progress.track(jobs), read, skip)
         while first := next(packed, None):
             with (
                 open(folder / f"{shards:05d}.tar", "wb") as stream,
@@ -108,10 +128,12 @@ def _write(jobs: Sequence[Job], read: Callable[[Job], Item], folder: Path, shard
                     tar.write(sample)
                     samples += 1
             shards += 1
-    return Written(samples, shards, skipped)
+    return Written(samples, shards, skipped, named)
 
 
-def _pack(jobs: Iterable[Job], read: Callable[[Job], Item], skipped: Counter[str]) -> Iterator[dict[str, str | bytes]]:
+def _pack(
+    jobs: Iterable[Job], read: Callable[[Job], Item], skip: Callable[[Job, str], None]
+) -> Iterator[dict[str, str | bytes]]:
     """webdataset's samples, numbered from 0 without gaps."""
     number = 0
     for job in jobs:
@@ -119,7 +141,7 @@ def _pack(jobs: Iterable[Job], read: Callable[[Job], Item], skipped: Counter[str
         try:
             files = members(read(job), key)
         except BadSample as bad:
-            skipped[bad.reason] += 1
+            skip(job, bad.reason)
             continue
         yield {"__key__": key} | files
         number += 1

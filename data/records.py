@@ -179,7 +179,7 @@ def _image(raw: dict[str, Any]) -> Image.Image:
 
 
 def _scene(described: dict[str, Any]) -> dict[str, Any] | None:
-    """What a picture was rendered from; others call the place of a photograph so, in words."""
+    """What a picture was rendered from; in other data sets `scene` is the name of a place, which is passed over."""
     scene = described.get("scene")
     return scene if isinstance(scene, dict) else None
 

@@ -32,7 +32,7 @@ SCHEMES = {
 MAX_OPEN_FILES = 64
 TRIES, FIRST_WAIT_SECONDS = 6, 0.5  # of a range that does not come: a server may be away for a quarter of a minute
 MOMENTARY = (408, 429)  # answers of a web server that say "not now"
-SHARES = 1024  # a process says how much it has written into the cache each time it is so small a part of it
+SHARES = 1024  # a process reports what it wrote each time that is this small a part of the cache's bound
 FILLED = 0.75  # to which a full cache is emptied
 
 
@@ -178,10 +178,10 @@ class Urls:
         write_whole(place, lambda draft: draft.write_bytes(data))
         self._written += len(data)
         if self._written > self._room / SHARES:
-            self._say()
+            self._report_written()
 
-    def _say(self) -> None:
-        """Add what this process has written to what the cache is said to hold; whoever finds it full makes room."""
+    def _report_written(self) -> None:
+        """Add what this process has written to the cache's recorded total, and make room where that is over the bound."""
         with (self._folder / ".held").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -216,7 +216,7 @@ class Urls:
 
 
 @contextmanager
-def here(path: str) -> Iterator[str]:
+def local_copy(path: str) -> Iterator[str]:
     """The local path of a whole file; one from elsewhere is fetched and lives as long as the context. OSError where it does
     not come."""
     if not is_url(path):
@@ -247,7 +247,7 @@ def download(urls: Sequence[str]) -> list[bytes | OSError]:
 
 
 def wait(attempt: int) -> None:
-    """Before trying for the so many-th time, counted from 0, to read from elsewhere."""
+    """Sleep before retry number `attempt`, twice as long each time; not before the first try, 0."""
     if attempt:
         time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
 

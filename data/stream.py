@@ -32,10 +32,10 @@ class _Packed(NamedTuple):
 class StreamSource:
     """The samples of all shards that a pattern names, one after the other; endless."""
 
-    def __init__(self, urls: str, buffer: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(self, urls: str, buffer: int, seed: int, rank: int = 0, world_size: int = 1):
         """buffer: samples, encoded, among which the next is drawn, in every worker."""
         self._shards, self._buffer, self._seed = expand(urls), buffer, seed
-        self._rank, self._world = rank, world
+        self._rank, self._world_size = rank, world_size
         self._start = 0
         self._stream: Iterator[_Packed] | None = None
         self._at = urls
@@ -71,8 +71,8 @@ class StreamSource:
     def _shuffled(self) -> Iterator[_Packed]:
         """Each sample drawn from a buffer that the next of the stream then fills."""
         worker = get_worker_info()
-        streams = self._world * (worker.num_workers if worker else 1)
-        number = self._rank * (streams // self._world) + (worker.id if worker else 0)
+        streams = self._world_size * (worker.num_workers if worker else 1)
+        number = self._rank * (streams // self._world_size) + (worker.id if worker else 0)
         chance = Random(draw(self._seed, "stream", self._start, number))
         samples = self._in_order(number, streams)
         held = list(islice(samples, self._buffer))

@@ -31,7 +31,7 @@ class ScenesTold:
 
     def __post_init__(self) -> None:
         if self.spare < 0:
-            raise ValueError(f"told.spare is {self.spare}; give 0 or more")
+            raise ValueError(f"task.told.spare (or task.spare) is {self.spare}; give 0 or more")
 
     @property
     def tokens(self) -> int:
@@ -71,7 +71,7 @@ class ClassesTold:
 
     def __post_init__(self) -> None:
         if self.classes < 0 or not 0 <= self.dropout <= 1:
-            raise ValueError("told: give classes of 0 or more and a dropout from 0 to 1")
+            raise ValueError("task.told: give classes of 0 or more and a dropout from 0 to 1")
 
     def labels(self, width: int) -> LabelsConfig:
         """The shape of the label embedding: class k is word k + 1."""
@@ -88,9 +88,9 @@ class ClassesTold:
         count = len(batch.index)
         numbers = batch.labels if self.classes else torch.full((count,), UNKNOWN - 1)
         if not isinstance(numbers, Tensor):
-            raise ValueError("data.sources label by scenes, and task.told expects class numbers; give told.classes 0")
+            raise ValueError("data.sources label by scenes, and task.told expects class numbers; give task.told.classes 0")
         if int(numbers.max()) >= self.classes > 0:
-            raise ValueError(f"a label is {int(numbers.max())} and told.classes is {self.classes}; raise it")
+            raise ValueError(f"a label is {int(numbers.max())} and task.told.classes is {self.classes}; raise it")
         return (numbers + 1).view(-1, 1, 1), torch.zeros(count, 1, 3)
 
 

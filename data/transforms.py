@@ -121,12 +121,11 @@ def resize_and_crop(image: Image.Image, shape: int | Shape) -> torch.Tensor:
     return middle if same else F.interpolate(middle[None], (height, width), mode="bicubic", antialias=True)[0]
 
 
-def to_tensor(picture: Image.Image | torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """RGB image, or its levels uint8 [3, H, W] -> float32 [3, H, W] in [-1, 1], into `out` where it is given."""
+def to_tensor(picture: Image.Image | torch.Tensor) -> torch.Tensor:
+    """RGB image, or its levels uint8 [3, H, W] -> float32 [3, H, W] in [-1, 1]."""
     if isinstance(picture, Image.Image):
         picture = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    out = torch.empty(picture.shape) if out is None else out
-    return out.copy_(picture.contiguous()).div_(127.5).sub_(1)
+    return unit(picture.contiguous())
 
 
 def unit(levels: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ python -m data.write emoji --font NotoColorEmoji.ttf --out shards/emoji
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Folder:
             raise ValueError(f"{self.folder} is not a folder; name one that holds images")
         files = [path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file()]
         jobs = [path for path in files if path.suffix.lower() != ".txt" and not path.name.startswith(".")]
-        return write_shards(jobs, self._read, self.out, self.shard_size)
+        return write_shards(jobs, self._read, self.out, self.shard_size, _readable)
 
     def _read(self, path: Path) -> Item:
         if path.suffix.lower().removeprefix(".") not in IMAGES:
@@ -52,7 +53,7 @@ class Folder:
         caption = _decode(caption_file.read_bytes()).strip()
         if not caption:
             raise BadSample("a caption is empty")
-        return Item(caption, _bytes(self.folder, str(path)), described={"path": path.as_posix()})
+        return Item(caption, _bytes(self.folder, str(path)), described={"path": _readable(path)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class Jsonl:
 
     "text" or "instruction" may stand for "caption". "sources" (paths) are the images an edit starts from, and there an
     "instruction" comes first; "messages" with "images" (paths) is a conversation; "label" is a class number. All other
-    fields go into the sample's json as they are."""
+    fields go into the sample's json as they are; one that is null counts as absent."""
 
     file: tyro.conf.Positional[Path]
     out: Path
@@ -77,7 +78,8 @@ class Jsonl:
         content = self.file.read_bytes()
         listed = content.lstrip()[:1] == b"["
         lines = self._listed(content) if listed else [line for line in enumerate(content.splitlines(), 1) if line[1].strip()]
-        return write_shards(lines, self._read, self.out, self.shard_size)
+        where = "entry" if listed else "line"
+        return write_shards(lines, self._read, self.out, self.shard_size, lambda line: f"{where} {line[0]}")
 
     def _listed(self, content: bytes) -> list[tuple[int, Any]]:
         try:
@@ -91,6 +93,9 @@ class Jsonl:
         if not isinstance(fields, dict):
             where = "line" if isinstance(held, bytes) else "entry"
             raise ValueError(f"{self.file} {where} {number} is not a JSON object; give nothing else")
+        fields = {
+            name: value for name, value in fields.items() if value is not None
+        }  # absent columns, as pandas writes them
         root = self.images or self.file.parent
         names = CAPTIONS[::-1] if fields.get("sources") else CAPTIONS
         told = next((name for name in names if fields.get(name)), "caption")
@@ -101,7 +106,7 @@ class Jsonl:
             raise BadSample('a line has neither "caption" nor "messages" nor "label"')
         if any(name in fields for name in TEXTLESS[:2]):
             messages_of(fields)
-        if "label" in fields:
+        elif not caption.strip():
             label_of(fields)
         sources = fields.get("sources", fields.get("images", []))
         if not isinstance(sources, list):
@@ -147,6 +152,11 @@ def _bytes(root: Path, path: Any) -> bytes:
         raise BadSample("an image file cannot be read") from error
 
 
+def _readable(path: Path) -> str:
+    """A path as text; what is not UTF-8 in it is replaced."""
+    return os.fsencode(path.as_posix()).decode(errors="replace")
+
+
 def _decode(text: bytes) -> str:
     try:
         return text.decode("utf-8-sig")
@@ -164,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"samples {written.samples:,}, shards {written.shards:,}: {command.out}")
     for reason, count in written.skipped.most_common():
-        print(f"skipped {count:,}: {reason}")
+        named = written.named[reason]
+        print(f"skipped {count:,}: {reason} ({', '.join(named)}{', ...' * (count > len(named))})")
     return 0
 
 

@@ -16,7 +16,8 @@ from model.attention import HeadNorm, RMSNorm, attend, merge_heads, split_heads
 from model.prefilled import Looked
 
 AGES = 8
-"""Pictures that are told apart, the last first, and so are the words between them; those before share an age."""
+"""The latest pictures, and the stretches of words between them, that get an age of their own; all earlier ones share the
+oldest."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,26 @@ class Connector(nn.Module):
         """MLLM states [B, Q, D], and where it looks what was made of the prefix (None: of nothing) -> conditioning
         [B, Q, C]."""
         x = states.to(next(self.project.parameters()).dtype)  # [B, Q, D]
-        seen = mask = None
-        if self.ages is not None:
-            none = x.new_zeros(len(x), 0, self.ages.embedding_dim), torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
-            states, ages = looked or none
-            kinds = (ages.abs() - 1).clamp(0, AGES - 1) + AGES * (ages < 0)
-            seen = states.to(x.dtype) + self.ages(kinds).to(x.dtype)  # [B, P, S]
-            seen = F.pad(seen, (0, 0, 1, 0))  # and one token that stands for nothing
-            mask = F.pad(ages != 0, (1, 0), value=True)[:, None, None]  # [B, 1, 1, 1 + P]
+        seen, mask = self._context(x, looked)
         for layer in self.layers:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, seen, mask, use_reentrant=False)
             else:
                 x = layer(x, seen, mask)  # [B, Q, D]
         return self.norm(self.project(x).float())  # [B, Q, C]
+
+    def _context(self, x: Tensor, looked: Looked | None) -> tuple[Tensor | None, Tensor | None]:
+        """What each layer looks at, [B, 1 + P, S], whose first token stands for nothing, and its mask [B, 1, 1, 1 + P]; None
+        where no layer looks."""
+        if self.ages is None:
+            return None, None
+        if looked is None:
+            ages = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
+            looked = Looked(x.new_zeros(len(x), 0, self.ages.embedding_dim), ages)
+        kinds = (looked.ages.abs() - 1).clamp(0, AGES - 1) + AGES * (looked.ages < 0)
+        seen = looked.states.to(x.dtype) + self.ages(kinds).to(x.dtype)  # [B, P, S]
+        mask = F.pad(looked.ages != 0, (1, 0), value=True)[:, None, None]
+        return F.pad(seen, (0, 0, 1, 0)), mask
 
     def _init_weights(self, gain: float) -> None:
         """Unit variance through every map; what joins the residual stream is smaller the more layers do so."""
@@ -131,8 +138,8 @@ class Look(nn.Module):
 
 
 def grown(tensors: Mapping[str, Tensor], connector: Connector) -> dict[str, Tensor]:
-    """Those of a connector of fewer layers, or of one that did not look, with what `connector` has more: its own, which add
-    nothing yet."""
+    """`tensors` of a connector of fewer layers, or of one that did not look, with what `connector` has beyond it, its output
+    maps zeroed: the result is unchanged."""
     had = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=-1)
     looked = "ages.weight" in tensors
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from model.assets import locate
 from model.diffusers_decoder import DiffusersDecoder, DiffusersDecoderConfig, load_diffusers_decoder
 from model.files import (
+    atomic_folder,
+    check_match,
     dump_config,
-    match,
     parse_config,
-    publish,
     read_json,
     read_tensors,
     write_json,
@@ -48,7 +48,7 @@ def build_decoder(config: DecoderConfig, weights: bool = True, noise: NoiseConfi
     if config.sit is not None:
         return SiTDecoder(SiT(config.sit))
     assert config.path is not None
-    return SiTDecoder(load_sit(config.path, weights), noise or noise_of(config.path))
+    return SiTDecoder(load_sit(config.path, weights), noise or load_noise(config.path))
 
 
 class SiTDecoder(nn.Module):
@@ -84,7 +84,7 @@ def save_sit(
 ) -> None:
     """Write config.json, model.safetensors in the dtype of the weights and the schedule, complete or not at all; `beside`
     are further files of tensors by name."""
-    with publish(folder) as draft:
+    with atomic_folder(folder) as draft:
         write_json(draft / NOISE_FILE, dump_config(noise))
         write_json(draft / "config.json", dump_config(sit.config))
         write_tensors(draft / "model.safetensors", sit.state_dict())
@@ -100,15 +100,15 @@ def load_sit(path: str, weights: bool = True) -> SiT:
     if not weights:
         return sit
     tensors = read_tensors(folder / "model.safetensors")
-    match(tensors, sit.state_dict(), folder / "model.safetensors")
+    check_match(tensors, sit.state_dict(), folder / "model.safetensors")
     sit.load_state_dict(tensors)
     return sit
 
 
-def noise_of(path: str) -> NoiseConfig:
+def load_noise(path: str) -> NoiseConfig:
     """The schedule that the SiT of a folder was trained by; ValueError where nothing says it."""
     folder = _folder(path)
-    file = next((each for each in (folder / NOISE_FILE, folder.parent / NOISE_FILE) if each.is_file()), None)  # once above
+    file = next((each for each in (folder / NOISE_FILE, folder.parent / NOISE_FILE) if each.is_file()), None)  # older: above
     if file is None:
         raise ValueError(f"{folder} has no {NOISE_FILE}; name the release of a decoder that this program trained")
     return parse_config(NoiseConfig, read_json(file), file)  # type: ignore[arg-type]

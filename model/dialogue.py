@@ -99,12 +99,12 @@ class _Remembered:
 
     def __init__(self, reader: ImageReader):
         self.reader = reader
-        self.image_id, self.minds_company = reader.image_id, reader.minds_company
+        self.image_id, self.single_differs = reader.image_id, reader.single_differs
         self._seen: dict[tuple[bytes, bool], Seen] = {}
 
     def __call__(self, image: Image.Image, alone: bool) -> Seen:
         """See `ImageReader`."""
-        key = digest_of(image), alone and self.minds_company
+        key = digest_of(image), alone and self.single_differs
         if key not in self._seen:
             self._seen[key] = self.reader(image, alone)
         return self._seen[key]

@@ -50,7 +50,7 @@ class DiffusersDecoderConfig:
     """Adapters to train over a network that is frozen but for `trainable`."""
     activation_checkpointing: bool = False
     sample_size: int | None = None
-    """Side of the latents that it draws; None: as its files say, which of AuraFlow's is 64 and not the 128 it draws well."""
+    """Side of the latents that it draws; None: as its files say; AuraFlow's say 64, and it draws well at 128."""
 
 
 class DiffusersDecoder(nn.Module):
@@ -189,10 +189,12 @@ def scheduler_noise(source: Source) -> NoiseConfig:
 
     Raises ValueError for a schedule that is not one of ours."""
     config = fetched(source, FlowMatchEulerDiscreteScheduler.load_config, subfolder="scheduler")
-    return noise_of(config["_class_name"], config, f"{source.field} {source.path!r}", "give noise a schedule of its own")
+    return noise_of_scheduler(
+        config["_class_name"], config, f"{source.field} {source.path!r}", "give noise a schedule of its own"
+    )
 
 
-def noise_of(name: str, scheduler: Mapping[str, Any], whose: str, own: str) -> NoiseConfig:
+def noise_of_scheduler(name: str, scheduler: Mapping[str, Any], whose: str, own: str) -> NoiseConfig:
     """What the config of a scheduler of class `name` stands for; `own` is the remedy where it is not one of ours.
 
     The shift of times is read under whichever name the class has for it: diffusers drops `flow_shift` in silence where a

@@ -20,7 +20,7 @@ class DiscriminatorConfig:
 
     def __post_init__(self) -> None:
         if self.width % 8 or self.layers < 1:
-            raise ValueError("discriminator: give a width that is a multiple of 8, and layers of at least 1")
+            raise ValueError("task.discriminator: give a width that is a multiple of 8, and layers of at least 1")
 
 
 class Discriminator(nn.Module):

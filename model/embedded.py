@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from model.files import publish
+from model.files import atomic_folder
 from model.tokenizer import IMAGE, PAD, SPECIALS, TURN_END, VIDEO, VISION_END, VISION_START, train_tokenizer
 
 MERGE = 2  # patches a side that become one visual token, as in every published Qwen2.5-VL
@@ -58,7 +58,7 @@ def make(folder: Path, config: EmbeddedConfig, sentences: Iterable[str]) -> None
 
     The same arguments give the same weights. Raises ValueError when the sentences are too few for the vocabulary.
     """
-    with publish(folder) as draft:
+    with atomic_folder(folder) as draft:
         train_tokenizer(sentences, draft, config.vocabulary)
         tokenizer = AutoTokenizer.from_pretrained(draft)
         ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in SPECIALS}
@@ -80,7 +80,7 @@ def save(folder: Path, model: Qwen2_5_VLForConditionalGeneration, like: Path) ->
     rounded = Qwen2_5_VLForConditionalGeneration._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16)
     rounded.load_state_dict(model.state_dict())
     rounded.generation_config = model.generation_config
-    with publish(folder) as draft:
+    with atomic_folder(folder) as draft:
         for file in like.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHTS):
                 shutil.copyfile(file, draft / file.name)

@@ -18,7 +18,7 @@ _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"
 class ProcessorImages:
     """Images through the processor that transformers has for the model."""
 
-    minds_company = False
+    single_differs = False
 
     def __init__(self, processor: Any, max_pixels: int | None = None):
         self.processor, self.max_pixels = processor, max_pixels
@@ -47,13 +47,13 @@ class ImageTextToText(FrozenMLLM):
 
     model_class: Any = AutoModelForImageTextToText
     images_class: type[ProcessorImages] = ProcessorImages
-    unbounded: tuple[str, ...] = ("min_pixels",)
-    """Bounds that would change nothing but the picture."""
+    unsupported: tuple[str, ...] = ("min_pixels",)
+    """Settings of MLLMConfig that the family refuses: its processor would not heed them."""
 
     @classmethod
     def make_builder(cls, config: MLLMConfig) -> PrefixBuilder:
         """Tokenizer, image processor and chat template of the model that `config` names."""
-        _refuse(config, *cls.unbounded)
+        _refuse(config, *cls.unsupported)
         processor = assemble_processor(config)
         template = processor.chat_template or processor.tokenizer.chat_template
         return PrefixBuilder(processor.tokenizer, cls.images_class(processor, config.max_pixels), template=template)
@@ -62,11 +62,11 @@ class ImageTextToText(FrozenMLLM):
 class LlavaOnevisionImages(ProcessorImages):
     """A conversation's only image is seen whole and in tiles; several are seen whole, padded to squares."""
 
-    minds_company = True
+    single_differs = True
 
     def look(self, image: Image.Image, alone: bool) -> Seen:
         """See `ProcessorImages`."""
-        together = [image] if alone else [image, image]  # in company, whose looks do not matter
+        together = [image] if alone else [image, image]  # a second one, whatever it shows, has it padded to a square
         processed = self.processor.image_processor([together], return_tensors="pt")
         tokens = self.processor.tokenizer.encode(self.processor.replace_image_token(processed, 0), add_special_tokens=False)
         tensors = {
@@ -103,7 +103,7 @@ class Idefics(ImageTextToText):
     """Idefics3 (Laurençon et al. 2024) and SmolVLM, which shares its shape."""
 
     images_class = IdeficsImages
-    unbounded = ("min_pixels", "max_pixels")  # its processor enlarges every picture to one length first
+    unsupported = ("min_pixels", "max_pixels")  # its processor enlarges every picture to one length first
 
     def arguments(self, prefix: Prefix) -> dict[str, Tensor]:
         images = {name: tensor[None] for name, tensor in prefix.images.items()}

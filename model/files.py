@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from glob import escape
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, TypeVar
@@ -20,11 +21,13 @@ T = TypeVar("T")
 
 
 @contextmanager
-def publish(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to fill; it takes the place of `folder` at the end, or vanishes if filling it failed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
     replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+    for left in folder.parent.glob(f".{escape(folder.name)}.*.replaced"):  # by one that was killed between its two renames
+        shutil.rmtree(left) if folder.exists() else left.rename(folder)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
@@ -33,6 +36,7 @@ def publish(folder: Path) -> Iterator[Path]:
         for path in draft.rglob("*"):
             path.chmod(allowed if path.is_dir() else allowed & 0o666)
             sync(path)
+        sync(draft)
         if folder.exists():
             folder.rename(replaced)
         draft.rename(folder)
@@ -74,9 +78,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read ({error}); copy or train it again") from error
 
 
-def match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
+OTHER_CONFIG = "the weights belong to another config: use the config.json that was saved with them"
+
+
+def check_match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path, remedy: str = OTHER_CONFIG) -> None:
     """ValueError unless both hold the same names with the same shapes."""
-    remedy = "the weights belong to another config: use the config.json that was saved with them"
     if missing := sorted(wanted.keys() - found.keys()):
         raise ValueError(f"{path} lacks {len(missing)} tensors, the first {missing[0]}; {remedy}")
     if unknown := sorted(found.keys() - wanted.keys()):

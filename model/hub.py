@@ -103,8 +103,8 @@ def fetched(source: Source, loader: Callable[..., Any], **options: Any) -> Any:
 def weights(source: Source, kind: Any, **options: Any) -> Any:
     """A model with the weights of `source`, safetensors alone. ValueError also where the files lack some of them, or have
     them in other shapes: libraries fill those with random numbers and go on."""
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # ignored by them, named and refused here
-    model, report = fetched(source, kind.from_pretrained, use_safetensors=True, **told, **options)
+    reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are reported, and refused below
+    model, report = fetched(source, kind.from_pretrained, use_safetensors=True, **reporting, **options)
     absent = sorted([*report["missing_keys"], *(key[0] for key in report.get("mismatched_keys") or ())])
     if absent:
         raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.assets import locate
-from model.files import match, read_tensors
+from model.files import check_match, read_tensors
 
 LABELS_FILE = "labels.safetensors"
 """Beside a trained SiT: what told it what to draw."""
@@ -71,6 +71,6 @@ def load_labels(folder: str | Path | None) -> Labels:
     vocabulary, width = tensors["embed_word.weight"].shape
     plain, places = "norm.weight" not in tensors, "embed_place.weight" in tensors
     labels = Labels(LabelsConfig(vocabulary, places=places, width=width, plain=plain))
-    match(tensors, labels.state_dict(), found / LABELS_FILE)
+    check_match(tensors, labels.state_dict(), found / LABELS_FILE)
     labels.load_state_dict(tensors)
     return labels.requires_grad_(False)

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PASS_TOKENS = 256
-"""What one more pass through the model costs on a CPU, in tokens that could be read instead."""
+"""Fixed cost of one more forward pass on a CPU, in tokens that could be read instead."""
+PASS_WORK = 5e12
+"""The same on a GPU, where it is the time to launch kernels: in parameters times tokens."""
 LOOKED_LAYERS = 6
 """Layers of the cache that are looked at, evenly from the first to the last, where there are more."""
-PASS_WORK = 5e12
-"""What it costs on a GPU, which is waiting for work to be named to it: in parameters times tokens."""
 
 
 class Looked(NamedTuple):

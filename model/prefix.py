@@ -52,7 +52,7 @@ class ImageReader(Protocol):
 
     image_id: int
     """The token that the rendered template has for an image, and that the model fills in with what it saw."""
-    minds_company: bool
+    single_differs: bool
     """Whether the only image of a conversation is read differently from one of several."""
 
     def __call__(self, image: Image.Image, alone: bool) -> Seen:
@@ -198,9 +198,9 @@ class PrefixBuilder:
         self.image_id: int | None = None if images is None else images.image_id
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def __call__(self, conversations: Sequence[Sequence[Turn]], *, add_generation_prompt: bool = True) -> Prefix:
+    def __call__(self, conversations: Sequence[Sequence[Turn]]) -> Prefix:
         """One row per conversation. ValueError for a user text longer than `max_text_tokens` or a wrong image type."""
-        return self._build(conversations, add_generation_prompt)[0]
+        return self._build(conversations, add_generation_prompt=True)[0]
 
     def draw(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]] | None = None) -> Prefix:
         """What is read to draw: the drawing instruction, then the prompt with the images to start from.

@@ -59,7 +59,7 @@ class Qwen3_VL(Qwen2_5_VL):
 class QwenImages:
     """An image -> patches, and as many tokens as there are squares of `merge_size` x `merge_size` patches."""
 
-    minds_company = False
+    single_differs = False
 
     def __init__(self, tokenizer: Any, processor: Qwen2VLImageProcessorPil):
         self.processor = processor

@@ -13,10 +13,10 @@ from torch import Tensor
 from model.assets import fingerprint, portable, tensors_of
 from model.decoder import build_decoder
 from model.files import (
+    atomic_folder,
+    check_match,
     dump_config,
-    match,
     parse_config,
-    publish,
     read_json,
     read_tensors,
     write_json,
@@ -35,7 +35,7 @@ def save(folder: Path, model: MetaQuery, tensors: Mapping[str, Tensor] | None = 
     if tensors is not None:
         assert tensors.keys() <= own.keys(), "a release cannot hold what the model does not own"
         own |= tensors
-    with publish(folder) as draft:
+    with atomic_folder(folder) as draft:
         write_tensors(draft / "model.safetensors", own)
         write_json(
             draft / "config.json",
@@ -70,7 +70,7 @@ def load(folder: Path) -> MetaQuery:
         names = build_decoder(config.decoder, weights=False, noise=config.noise).state_dict()
     whole = all(f"decoder.{name}" in tensors for name in names)  # then those at its path are not read: it was trained whole
     model = build(config, decoder=build_decoder(config.decoder, not whole, config.noise))
-    match(tensors, model.own_tensors(), folder / "model.safetensors")
+    check_match(tensors, model.own_tensors(), folder / "model.safetensors")
     model.load_state_dict(tensors, strict=False)  # the names are checked; the rest came with the decoder
     _verify(frozen, frozen_parts(model), path)
     return model.eval()

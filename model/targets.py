@@ -29,6 +29,8 @@ class TargetConfig:
     path: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    antialias: bool = True
+    """Average over what becomes one pixel where a picture is made smaller; the published REPA does not."""
 
 
 class Target:
@@ -56,7 +58,7 @@ class Target:
             tokens, own = self._tokens(self._scaled(pixels, self._size(grid)).to(self._dtype))
         return regrid(tokens.float(), own, grid)
 
-    def _size(self, grid: Grid) -> Grid:
+    def _size(self, grid: Grid) -> tuple[int, int]:
         """Pixels, rows and columns, that the encoder is shown for a grid of tokens."""
         patch = self.encoder.config.patch_size
         return grid[0] * patch, grid[1] * patch
@@ -68,10 +70,10 @@ class Target:
     def _dtype(self) -> torch.dtype:
         return next(self.encoder.parameters()).dtype
 
-    def _scaled(self, pixels: Tensor, size: Grid) -> Tensor:
+    def _scaled(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         """Pixels in [-1, 1] of any size -> of this size, in the encoder's own range."""
         if pixels.shape[-2:] != size:
-            pixels = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True, align_corners=False)
+            pixels = F.interpolate(pixels.float(), size, mode="bicubic", antialias=self.config.antialias)
         return (pixels.float() * 0.5 + 0.5 - self._mean) / self._std
 
 
@@ -98,7 +100,7 @@ class VisionTarget(Target):
 class FixedTarget(VisionTarget):
     """One that takes pictures of its own size alone; its features are interpolated to the grid."""
 
-    def _size(self, grid: Grid) -> Grid:
+    def _size(self, grid: Grid) -> tuple[int, int]:
         return self.encoder.config.image_size, self.encoder.config.image_size
 
 
@@ -109,7 +111,7 @@ class QwenTarget(Target):
         super().__init__(config, encoder, mean, std, encoder.config.out_hidden_size)
         self._batched = False
 
-    def _size(self, grid: Grid) -> Grid:
+    def _size(self, grid: Grid) -> tuple[int, int]:
         cell = self.encoder.config.patch_size * self.encoder.config.spatial_merge_size
         rows, columns = (max(1, round(side / self.encoder.config.spatial_merge_size)) for side in grid)
         return rows * cell, columns * cell

@@ -31,7 +31,7 @@ def load_vae(config: VAEConfig, weights: bool = True) -> "LatentVAE":
     """The frozen autoencoder on CPU; without `weights` a fresh one of its shape, on torch's default device. ValueError when
     it is missing or of a class we do not know."""
     source = Source("vae.path", config.path, config.revision)
-    options = {} if _lies_open(source) else {"subfolder": "vae"}
+    options = {} if _is_standalone(source) else {"subfolder": "vae"}
     settings = fetched(source, AutoencoderKL.load_config, **options)
     name, dtype = settings.get("_class_name"), getattr(torch, config.dtype)
     if name not in _CLASSES:
@@ -43,7 +43,7 @@ def load_vae(config: VAEConfig, weights: bool = True) -> "LatentVAE":
     return LatentVAE(read_weights(source, _CLASSES[name], **options))
 
 
-def _lies_open(source: Source) -> bool:
+def _is_standalone(source: Source) -> bool:
     """Whether the autoencoder is the thing named, and no part of a pipeline."""
     folder = locate(source.path)
     if folder is not None:

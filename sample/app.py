@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     """Serves the page until Ctrl-C or SIGTERM."""
     args = tyro.cli(Args, args=argv)
     if not 1 <= args.port <= 65535:
-        raise ValueError(f"--port {args.port} is none; give 1 to 65535")
+        raise ValueError(f"--port {args.port} is not a port; give 1 to 65535")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, files and all
     with serving(args) as page:
         print(f"the page is at {page.local_url} (Ctrl-C ends it)", flush=True)

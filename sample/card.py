@@ -155,7 +155,8 @@ def _limits(folder: Path, about: Mapping[str, Any]) -> str:
     if about["base"]:
         lines.append("- The licences of the frozen parts hold beside the one above.")
     for name, measure in list(_weakest(folder))[:WEAKEST]:
-        lines.append(f"- Among the weakest that were measured: {name}, {value_of(measure)} ({interval_of(measure)}).")
+        within = f" ({interval})" if (interval := interval_of(measure)) else ""
+        lines.append(f"- Among the weakest that were measured: {name}, {value_of(measure)}{within}.")
     return "\n".join([*lines, "- What is not among the measures was not measured.", ""])
 
 

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from model.decoder import save_sit
-from model.files import check_new, match, publish
+from model.files import atomic_folder, check_match, check_new
 from model.labels import LABELS_FILE
 from model.sit import SIZES, SiT, SiTConfig
 from sample.cli import run
@@ -88,7 +88,7 @@ def convert(checkpoint: Path, release: Path) -> None:
     except KeyError as error:
         raise ValueError(f"{checkpoint} lacks {error.args[0]}; give a checkpoint that REPA-E's training saved") from error
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=variance.sqrt().tolist())
-    with publish(release) as draft:
+    with atomic_folder(release) as draft:
         vae.save_pretrained(draft / "vae")
         save_sit(draft / "sit", sit, beside={LABELS_FILE: {"embed_word.weight": labels}})
 
@@ -145,7 +145,7 @@ def _sit(ema: Tensors, settings: Mapping[str, Any], path: Path) -> tuple[SiT, Te
         tensors[name] = tensors[name].unflatten(0, (patch * patch, channels)).transpose(0, 1).flatten(0, 1)
     tensors["position"] = position
     sit = SiT(config)
-    match(tensors, sit.state_dict(), path)
+    check_match(tensors, sit.state_dict(), path)
     sit.load_state_dict(tensors)
     return sit, classes.roll(1, 0), (mean, variance)
 
@@ -174,7 +174,7 @@ def _vae(official: Tensors, path: Path) -> Any:
             new = ".".join([*parts[:2], str(levels - 1 - int(parts[2])), *parts[3:]])
         attention = ".attentions." in new and tensor.ndim == 4
         tensors[new] = tensor.flatten(1) if attention else tensor
-    match(tensors, vae.state_dict(), path)
+    check_match(tensors, vae.state_dict(), path)
     vae.load_state_dict(tensors)
     return vae
 

@@ -16,6 +16,7 @@ import torch
 # pyright: reportPrivateImportUsage=false
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, ImagePipelineOutput, PipelineQuantizationConfig
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from data.transforms import to_pil
 from model.components import ConnectorModel, LabelsModel, SiTModel
 from model.decoder import SiTDecoder, SiTDecoderConfig
-from model.diffusers_decoder import DiffusersDecoderConfig, adopt_network, noise_of
+from model.diffusers_decoder import DiffusersDecoderConfig, adopt_network, noise_of_scheduler
 from model.labels import UNKNOWN
 from model.metaquery import MetaQuery, MetaQueryConfig
 from model.mllm import MLLMConfig, adopt
@@ -50,6 +51,7 @@ SOLVER_OF: dict[str, SolverName] = {
     "HeunDiscreteScheduler": "heun",
 }
 """Which solver a scheduler's class asks for."""
+_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # diffusers' `download` refuses parts of our library
 _OURS = {"model.components"}  # beside the libraries that diffusers itself loads from
 
 
@@ -71,9 +73,9 @@ class _Coat(DiffusionPipeline):
         options["use_safetensors"] = True
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            kept = ("cache_dir", "force_download", "local_files_only", "token", "revision", "variant", "use_safetensors")
+            kept = ("cache_dir", "force_download", "local_files_only", "token", "revision")
             asked = {name: options[name] for name in kept if name in options}
-            folder = Path(cls.download(pretrained_model_name_or_path, **asked))
+            folder = Path(snapshot_download(pretrained_model_name_or_path, allow_patterns=_READ, **asked))
         index: Any = cls.load_config(folder)
         _known_libraries(folder, index)
         try:
@@ -250,6 +252,8 @@ class MetaQueryPipeline(_Coat):
             ValueError: numbers of prompts, pictures and generators differ, or a setting is impossible.
         """
         _check_output(output_type)
+        if not isinstance(negative_prompt, str | None):
+            raise ValueError("negative_prompt: one text holds for all prompts; give a string")
         asked = [each for each in _asked(prompt, image, prompt_embeds) for _ in range(_at_least_one(num_images_per_prompt))]
         guidance = Guidance(guidance_scale, image_guidance_scale, *guidance_interval, guidance_rescale)
         drawing = Drawing(num_inference_steps, guidance, negative_prompt or "", self._solver(), height or 0, width or 0)
@@ -301,7 +305,7 @@ class SiTPipeline(_Coat):
     def from_release(cls, folder: str | Path) -> "SiTPipeline":
         """Of the release of a run of configs/repae.py, on the CPU. ValueError where it is none, or was not told classes."""
         made = load_decoder(Path(folder))
-        made.classes  # noqa: B018  refuses what was told scenes
+        made.check_classes()
         noising: Any = made.noising
         parts = LabelsModel.of(made.labels), SiTModel.of(made.sit), made.vae.autoencoder
         return cls(*parts, scheduler_for(noising.config))
@@ -328,12 +332,17 @@ class SiTPipeline(_Coat):
         decoder, device = self._decoder(), self._execution_device
         labels = [class_labels] if class_labels is None or isinstance(class_labels, int) else list(class_labels)
         words = [_word(label, decoder.classes) for label in labels for _ in range(_at_least_one(num_images_per_prompt))]
+        shape = (len(words), *decoder.latent_shape)
+        if not words:
+            raise ValueError("class_labels: there is none; give at least one")
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"latents: {tuple(latents.shape)} given, {shape} needed; give noise of that shape")
         told = torch.tensor(words, device=device).view(-1, 1, 1), torch.zeros(len(words), 1, 3, device=device)
         fresh = noise_from(_generators(generator, len(words)), decoder.latent_shape, device)
         guidance = Guidance(guidance_scale, 1.0, *guidance_interval, guidance_rescale)
         with self._bar(num_inference_steps) as bar:
             after = self._after(bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
-            start = fresh() if latents is None else latents
+            start = fresh() if latents is None else latents.to(device)
             drawn = decoder.latents(told, start, fresh, num_inference_steps, self._solver(), guidance, after)
         return self._given(drawn, decoder.vae, output_type, return_dict)
 
@@ -387,7 +396,7 @@ def _noise(scheduler: Any) -> NoiseConfig:
             "scheduler: it was made from the config of another class, which names the shift of times otherwise; give it "
             f"shift={max(shifts)} and flow_shift={max(shifts)}"
         )
-    return noise_of(type(scheduler).__name__, config, "scheduler", remedy)
+    return noise_of_scheduler(type(scheduler).__name__, config, "scheduler", remedy)
 
 
 def _known_libraries(folder: Path, index: Mapping[str, Any]) -> None:

@@ -45,9 +45,11 @@ def edits(args: Edits) -> None:
     from sample.measures import Measure, show, write_json
     from sample.pipeline import Pipeline
     from sample.protocol import parts_of, protocol
+    from sample.world_drawing import check_readable
     from sample.world_edits import Dialogue, Judged, conversing, drawer, editing, grid
 
     pipeline = Pipeline.from_release(args.release)
+    check_readable(pipeline.model.image_size, args.drawing)
     draw = drawer(pipeline, args.drawing)
     measures: dict[str, Measure] = {}
     judged: list[Judged] = []

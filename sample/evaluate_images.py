@@ -50,7 +50,7 @@ def images(args: Images) -> None:
     from model.targets import TargetConfig, load_target
     from sample.clip_score import Clip, prompts_of
     from sample.clip_score import score as by_clip
-    from sample.image_scores import by_inception, check_alike, check_inception, features, local, pictures_in
+    from sample.image_scores import SPLITS, by_inception, check_alike, check_inception, features, local, pictures_in
     from sample.measures import Measure, show, write_json
     from sample.pipeline import default_device
     from sample.protocol import protocol
@@ -64,6 +64,8 @@ def images(args: Images) -> None:
         check_inception(args.inception)
         for files in (drawn, real):
             check_alike(files)
+        if len(drawn) < SPLITS:
+            raise ValueError(f"--drawn {args.drawn} holds {len(drawn)} pictures; --inception takes {SPLITS} or more")
     clip = None if args.clip is None else Clip(args.clip, device)
     prompts = [] if clip is None else prompts_of(drawn, args.drawn, args.prompts)
     if args.real is not None:

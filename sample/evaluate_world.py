@@ -55,12 +55,14 @@ def world(args: World) -> None:
     from sample.protocol import parts_of, protocol
     from sample.session import Session
     from sample.world_answers import exams, understanding
-    from sample.world_drawing import Judged, drawing, picture_of
+    from sample.world_drawing import Judged, check_readable, drawing, picture_of
     from sample.world_suite import suite
 
     pipeline = Pipeline.from_release(args.release)
     if args.images and pipeline.model.mllm.builder.images is None:
         raise ValueError(f"--images {args.images}: the MLLM of {args.release} reads text alone; give --images 0")
+    if args.n:
+        check_readable(pipeline.model.image_size, args.drawing)
 
     def draw(prompts, seeds):
         if not args.think:

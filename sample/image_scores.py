@@ -19,6 +19,7 @@ from sample.fidelity import frechet, kernel_distance, precision_recall
 from sample.measures import Measure
 from sample.progress import Track
 
+SPLITS = 10  # in which torch-fidelity parts pictures for the inception score; none may be empty
 INCEPTION_ENDINGS = (".png", ".jpg", ".jpeg")  # of the files that torch-fidelity reads
 
 
@@ -101,13 +102,14 @@ def by_inception(
         **options,
     )
     names = {
-        "images.fid": "frechet_inception_distance",
-        "images.inception_score": "inception_score_mean",
-        "images.kid": "kernel_inception_distance_mean",
-        "images.precision": "precision",
-        "images.recall": "recall",
+        "images.fid": ("frechet_inception_distance", ""),
+        "images.inception_score": ("inception_score_mean", ""),
+        "images.kid": ("kernel_inception_distance_mean", ""),
+        "images.precision": ("recall", "share"),  # torch-fidelity takes its first input, which is scored, for the real ones
+        "images.recall": ("precision", "share"),
     }
-    return {name: Measure(float(found[key]), n=len(pictures_in(drawn))) for name, key in names.items() if key in found}
+    n = len(pictures_in(drawn))
+    return {name: Measure(float(found[key]), n=n, unit=unit) for name, (key, unit) in names.items() if key in found}
 
 
 def picture_at(path: Path) -> Image.Image:

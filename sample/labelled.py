@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.assets import fingerprint, tensors_of
-from model.decoder import load_sit, noise_of
+from model.decoder import load_noise, load_sit
 from model.labels import UNKNOWN, Labels, load_labels
 from model.noise import Noising, build_noising, noise
 from model.sit import SiT
@@ -49,10 +49,14 @@ class LabelledDecoder:
 
     @property
     def classes(self) -> int:
-        """How many classes it was told apart; ValueError for one that was told scenes."""
+        """How many classes it was told apart; ValueError as `check_classes`."""
+        self.check_classes()
+        return self.labels.config.vocabulary - 1
+
+    def check_classes(self) -> None:
+        """ValueError for a decoder that was told scenes."""
         if self.labels.config.places:
             raise ValueError("this decoder was told scenes, not classes; its pictures are for sample.evaluate decoder")
-        return self.labels.config.vocabulary - 1
 
     @cached_property
     def fingerprint(self) -> str:
@@ -98,6 +102,6 @@ def load_decoder(release: Path) -> LabelledDecoder:
     """The decoder of a release, on CPU. Raises ValueError when a part is missing."""
     if not (release / "sit").is_dir():
         raise ValueError(f"{release} has no sit; name the release of a run of configs/repae.py")
-    noising = build_noising(noise_of(str(release / "sit")))
+    noising = build_noising(load_noise(str(release / "sit")))
     sit = load_sit(str(release / "sit")).eval().requires_grad_(False)
     return LabelledDecoder(sit, load_vae(VAEConfig(str(release / "vae"))), load_labels(release / "sit"), noising)

@@ -7,7 +7,7 @@
     geneval   prompts/evaluation_metadata.jsonl                00000/metadata.jsonl, 00000/samples/0000.png to 0003.png
     geneval2  geneval2_data.jsonl                              00000.png; filepaths.json, prompt to file
     dpg       the folder dpg_bench/prompts                     NAME.png for NAME.txt: four pictures, two a row
-    wise      a file of data/, or the folder                   PROMPT_ID.png
+    wise      the folder data_verified, or a file of it        PROMPT_ID.png
     mjhq      meta_data.json                                   KEY.png
     coco      annotations/captions_val2014.json, or its like   IMAGE_ID.png, of each image's first caption
 
@@ -33,6 +33,7 @@ from sample.progress import progress
 from sample.prompts import Job, Line, lines_of, read_text
 from sample.settings import MAX_SEED
 
+WISE_MERGED = "merge.json"  # beside the files whose prompts it repeats
 SHOWN = 5  # names in a list of problems
 
 
@@ -179,6 +180,7 @@ def _dpg(path: Path) -> list[Entry]:
 
 def _wise(path: Path) -> list[Entry]:
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    files = [file for file in files if len(files) == 1 or file.name != WISE_MERGED]
     entries = [Entry(str(each["prompt_id"]), each["Prompt"]) for file in files for each in _json(file)]
     return sorted(entries, key=lambda entry: (len(entry.name), entry.name))  # so that each seed stays with its prompt
 

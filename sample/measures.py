@@ -9,7 +9,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from model.files import write_whole
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 PROTOCOL = "protocol"
+ENOUGH = 6  # repeats whose least and most hold the true median between them with over 95 % confidence
 NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A value from `n` observations; `low` and `high` bound it with 95 % confidence, None where no interval is known."""
+    """A value from `n` observations; `low` and `high` bound it as `spans` says, None where no interval is known."""
 
     value: float
     low: float | None = None
@@ -37,8 +38,7 @@ class Measure:
 
 
 def spread(values: Sequence[float], unit: str) -> Measure:
-    """The median of repeated measurements, between the least and the most of them: of six or more, an interval that holds
-    the true median with over 95 % confidence."""
+    """The median of repeated measurements, between the least and the most of them: of ENOUGH, a 95 % interval."""
     return Measure(statistics.median(values), min(values), max(values), len(values), unit)
 
 
@@ -95,7 +95,7 @@ def read_protocol(path: Path) -> dict[str, Any]:
 
 def show(title: str, measures: Mapping[str, Measure], console: Console | None = None) -> None:
     """Prints measures as a table; shares in percent."""
-    numbers = [Column(heading, justify="right") for heading in ("value", "95 % interval", "n")]
+    numbers = [Column(heading, justify="right") for heading in ("value", spans(measures.values()), "n")]
     table = Table("measure", *numbers, title=title, title_justify="left")
     for name, measure in measures.items():
         table.add_row(name, value_of(measure), interval_of(measure), str(measure.n))
@@ -110,6 +110,12 @@ def value_of(measure: Measure) -> str:
     if abs(measure.value) < 1e4 or thousands >= len(PREFIXES):
         return f"{_number(measure.value, '')} {measure.unit}".rstrip()
     return f"{_number(measure.value / 1000**thousands, '')} {PREFIXES[thousands]}{measure.unit}"
+
+
+def spans(measures: Iterable[Measure]) -> str:
+    """What the intervals of a table are: of fewer than ENOUGH repeats, no more than from the least to the most."""
+    few = any(each.low is not None and each.unit != "share" and each.n < ENOUGH for each in measures)
+    return "range" if few else "95 % interval"
 
 
 def interval_of(measure: Measure) -> str:

@@ -28,7 +28,7 @@ def draw_tab(studio: Studio) -> None:
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
                 cancel = gr.Button("Cancel", elem_id="draw-cancel")
             count = gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures")
-            seed, fresh = seed_fields()
+            seed_field, fresh_field = seed_fields()
             with gr.Accordion("More settings", open=False):
                 negative = gr.Textbox(label="What to avoid", max_length=MOST_CHARACTERS)
                 steps, guidance = steps_slider(), guidance_slider("Guidance", Drawing().guidance.text)
@@ -58,7 +58,6 @@ def draw_tab(studio: Studio) -> None:
 
         yield from shown(views, show, note)
 
-    seed_field = seed
-    fields = [prompt, negative, count, seed, fresh, steps, guidance, solver]
-    started: Any = [on(draw, fields, [gallery, note, seed], **JOB) for on in (button.click, prompt.submit)]
+    fields = [prompt, negative, count, seed_field, fresh_field, steps, guidance, solver]
+    started: Any = [on(draw, fields, [gallery, note, seed_field], **JOB) for on in (button.click, prompt.submit)]
     cancel.click(lambda: "Cancelled", outputs=note, cancels=started, **AT_ONCE)

@@ -50,7 +50,7 @@ def edit_tab(studio: Studio) -> None:
                 onward = gr.Button("Use as source", min_width=100)
             gr.Examples([[each] for each in INSTRUCTIONS], instruction, label="Examples", api_visibility="private")
         with gr.Column(scale=4):
-            seed, fresh = seed_fields()
+            seed_field, fresh_field = seed_fields()
             with gr.Accordion("More settings", open=False):
                 guidance = guidance_slider("Guidance by the instruction", Drawing().guidance.text)
                 image_guidance = guidance_slider("Guidance by the picture", Drawing().guidance.image)
@@ -71,9 +71,8 @@ def edit_tab(studio: Studio) -> None:
 
         yield from shown(views, show, note)
 
-    seed_field = seed
-    fields = [before, more, instruction, seed, fresh, steps, guidance, image_guidance]
-    started: Any = [on(edit, fields, [after, note, seed], **JOB) for on in (button.click, instruction.submit)]
+    fields = [before, more, instruction, seed_field, fresh_field, steps, guidance, image_guidance]
+    started: Any = [on(edit, fields, [after, note, seed_field], **JOB) for on in (button.click, instruction.submit)]
     cancel.click(lambda: "Cancelled", outputs=note, cancels=started, **AT_ONCE)
     onward.click(lambda path: path, after, before, **AT_ONCE)
     before.upload(checked, before, before, show_progress="hidden", api_visibility="private")

@@ -16,7 +16,7 @@ from tyro.conf import Positional
 
 from model.files import write_whole
 from sample.cli import run
-from sample.measures import Measure, interval_of, read_json, value_of
+from sample.measures import Measure, interval_of, read_json, spans, value_of
 
 CONTROLS = {"empty", "blank", "chance", "source"}
 """Parts of the names of measures of what is earned without looking: by an empty prompt, a blank picture, chance, or the
@@ -42,14 +42,14 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("files: name at least one JSON file of measures")
     sections = [comparison(path) if path.is_dir() else section(path, read_json(path)) for path in args.files]
     text = f"# {args.title}\n\n" + "\n".join(sections)
-    write_whole(args.page, lambda path: path.write_text(text) and None)
+    write_whole(args.page, lambda path: path.write_text(text))
 
 
 def section(path: Path, measures: dict[str, Measure]) -> str:
     """One file as a heading, the command that made it, and a table."""
     rows = [f"| {name} | {value_of(m)} | {interval_of(m)} | {m.n} |" for name, m in measures.items()]
     return (
-        f"## {path.stem}\n\n{_command(path)}| measure | value | 95 % interval | n |\n|---|---|---|---|\n"
+        f"## {path.stem}\n\n{_command(path)}| measure | value | {spans(measures.values())} | n |\n|---|---|---|---|\n"
         + "\n".join(rows)
         + "\n"
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from data.preview import data_url
 from sample.grid import Cell, Row
-from sample.measures import Measure, interval_of, value_of
+from sample.measures import Measure, interval_of, spans, value_of
 from sample.report import CONTROLS
 from sample.world_drawing import Judged
 from sample.world_edits import Dialogue
@@ -119,7 +119,7 @@ def _tables(measures: Mapping[str, Measure]) -> Iterator[str]:
         told = "".join(f'<th class="n">{_text(word)}</th>' for word in controls)
         yield (
             f'<h3>{_text(group)}</h3><table><tr><th>measure</th><th class="n">value</th><th></th>'
-            f'<th class="n">95 % interval</th><th class="n">n</th>{told}</tr>'
+            f'<th class="n">{spans(measures.values())}</th><th class="n">n</th>{told}</tr>'
         )
         for name in names:
             last = name.rpartition(".")[2]

@@ -19,9 +19,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from sample.api import Chat, Painting, Refused, Repainting, read_pictures, refused
-from sample.door import EDITS, Door
 from sample.drawn import about
 from sample.limits import Limits
+from sample.middleware import EDITS, Middleware
 from sample.pictures import png
 from sample.pipeline import Asked
 from sample.worker import Full, Question, Said, Stopped, Worker
@@ -32,7 +32,7 @@ T = TypeVar("T")
 def make_app(worker: Worker, name: str, limits: Limits = Limits(), keys: Sequence[str] = ()) -> ASGIApp:
     """The server of one model, called `name`; without keys, everybody may ask from this machine."""
     app = FastAPI(title="querybridge", docs_url=None, redoc_url=None)
-    door = Door(app, limits, [key.encode() for key in keys])
+    middleware = Middleware(app, limits, [key.encode() for key in keys])
     began = int(time.time())
 
     async def refuse(_: Request, error: Exception) -> JSONResponse:
@@ -49,12 +49,12 @@ def make_app(worker: Worker, name: str, limits: Limits = Limits(), keys: Sequenc
     @app.get("/health")
     async def health() -> dict[str, str]:
         if not worker.well:
-            raise Refused(503, "what was asked last has failed, for no fault of its own; see the log, and start anew")
+            raise Refused(503, "the last requests failed inside the server; see its log and start it anew")
         return {"status": "ok"}
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(door.metrics(worker), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(middleware.metrics(worker), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -127,7 +127,7 @@ def make_app(worker: Worker, name: str, limits: Limits = Limits(), keys: Sequenc
             {"created": int(time.time()), "data": await asyncio.to_thread(data), "size": size, "output_format": "png"}
         )
 
-    return door
+    return middleware
 
 
 def refusal(error: Exception) -> Refused:
@@ -259,7 +259,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Refused(499, "the client went", code="client_closed_request")
+            raise Refused(499, "the client disconnected", code="client_closed_request")
         return task.result()
     finally:
         task.cancel()

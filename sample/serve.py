@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 <= args.grace_seconds < float("inf"):
         raise ValueError(f"--grace-seconds {args.grace_seconds} is no time; give 0 or more")
     if not 0 <= args.port < 1 << 16:
-        raise ValueError(f"--port {args.port} is none; give 0 to 65535")
+        raise ValueError(f"--port {args.port} is not a port; give 0 to 65535")
     keys = read_keys(args.api_key_file) if args.api_key_file else ()
-    if not keys and not is_loopback(args.host):
+    if not keys and not binds_loopback(args.host):
         raise ValueError(f"--host {args.host} can be reached from elsewhere; give --api-key-file, or 127.0.0.1")
     listening = listen(args.host, args.port)
     # heavy imports wait until the arguments are right, so that --help stays instant
@@ -87,7 +87,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
     return keys
 
 
-def is_loopback(host: str) -> bool:
+def binds_loopback(host: str) -> bool:
     """Whether only this machine can reach it."""
     try:
         return host == "localhost" or ip_address(host).is_loopback

@@ -87,7 +87,8 @@ def heun(predict: Predict, noising: Noising, steps: int, fresh: Fresh) -> Step:
 
 
 def euler_maruyama(predict: Predict, noising: Noising, steps: int, fresh: Fresh) -> Step:
-    """The reverse SDE with diffusion w = 2 sigma(t), whose drift adds eps (SiT, Ma et al. 2024); no noise at the end."""
+    """The reverse SDE with diffusion w = 2 sigma(t), whose drift adds eps (SiT, Ma et al. 2024); no noise at the end. The
+    last step is one of the grid's; SiT's own, of which FIDs are published, is from 0.04."""
 
     def step(x: Tensor, t: Tensor, s: Tensor, last: bool) -> Tensor:
         data, eps = _pair(predict, x, t, noising)

@@ -65,7 +65,7 @@ class Said:
 Hear = Callable[[str], None]
 """Takes a piece of an answer, on the worker's thread: it must not block. The first is empty: the question was read."""
 
-SICK = 3  # jobs in a row that failed for no fault of their own
+SICK = 3  # jobs in a row that failed inside the server
 
 
 @dataclass(eq=False)
@@ -145,7 +145,7 @@ class Worker:
 
     @property
     def well(self) -> bool:
-        """Whether it works: its thread lives, and of the last jobs not all have failed for no fault of their own."""
+        """Whether it works: its thread lives, and of the last SICK jobs not all have failed inside the server."""
         return self._thread.is_alive() and self._failed < SICK
 
     def _enter(self, queue: deque[Any], jobs: list[Any]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from data.world.captions import PLURALS
+from data.world.captions import plural
 from data.world.questions import KINDS, Question, questions
 from data.world.render import render
 from data.world.scene import COLOURS, OPPOSITE, SHAPES, SIZES, make_scene, random_for
@@ -20,7 +20,7 @@ from model.prefix import Turn
 from sample.measures import Measure, share
 from sample.progress import Track
 
-_WORDS = [*COLOURS, *SHAPES, *SIZES, *OPPOSITE, *(PLURALS.get(shape, shape + "s") for shape in SHAPES)]
+_WORDS = [*COLOURS, *SHAPES, *SIZES, *OPPOSITE, *map(plural, SHAPES)]
 _SCENE_WORDS = re.compile(r"\b(an?|" + "|".join(sorted(_WORDS, key=len, reverse=True)) + r")\b")
 LONGEST_ANSWER = 16  # tokens; the longest right one is "the" with a colour and a shape
 

@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 
 from data.world.captions import holds
-from data.world.reader import read
+from data.world.reader import LEAST_SIZE, read
 from sample.grid import Cell, Row, sheet
 from sample.measures import Measure, share
 from sample.progress import Track
+from sample.settings import Drawing
 from sample.world_suite import Asked, chance
 
 Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
@@ -28,6 +29,16 @@ class Judged:
     asked: Asked
     picture: Image.Image
     right: bool
+
+
+def check_readable(side: int, drawing: Drawing) -> None:
+    """ValueError where a decoder of pictures of `side` pixels would be asked for what the judge cannot read."""
+    height, width = drawing.height or side, drawing.width or side
+    if height != width or height < LEAST_SIZE:
+        raise ValueError(
+            f"pictures would have {height} x {width} pixels, and their judge reads squares of {LEAST_SIZE} or more; give "
+            "other --height and --width"
+        )
 
 
 def judge(asked: Sequence[Asked], pictures: Sequence[Image.Image]) -> list[Judged]:

@@ -126,7 +126,7 @@ def test_mistakes_on_the_command_line_exit_with_two(release, tmp_path, served, m
         monkeypatch.setenv(name, os.environ[name])
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the command's own handler would stay for all tests to come
     cases = {
-        "--port 0 is none": ["--release", release, "--port", "0"],
+        "--port 0 is not a port": ["--release", release, "--port", "0"],
         "seconds: 0.0 leaves no time": ["--release", release, "--seconds", "0"],
         "is no release": ["--release", tmp_path],
         f"--port {served.server_port} cannot be had": ["--release", release, "--port", served.server_port],

@@ -211,6 +211,9 @@ def test_ranks_accumulation_workers_and_a_stop_change_nothing(shards, world):
     resumed = loader(shards)
     resumed.samples = 5 * 12
     assert summary(list(islice(resumed, 7))) == summary(whole[5:])
+    resumed.samples = 5 * 12 + 8  # as after batches of another size
+    with pytest.raises(ValueError, match=r"schedule\.batch_size is 12, .* from sample 68, give a size that divides it"):
+        next(iter(resumed))
 
 
 def test_a_world_among_shards_gives_squares(shards):

@@ -2,6 +2,7 @@
 
 import shutil
 import stat
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -165,6 +166,23 @@ def test_another_module_is_refused_by_name(task, root):
         checkpoint.load(root / "step-00000002", {"main": engine}, ranks)
     with pytest.raises(ValueError, match=r"trains \['main'\], this run trains \['other'\]"):
         checkpoint.load(root / "step-00000002", {"other": engine}, ranks)
+
+
+def test_other_data_is_refused_with_the_settings_that_changed(task, root):
+    path = root / "step-00000002"
+    manifest = replace(checkpoint.load(path, task.engines, start(60)), frozen={"data": "a"})
+    with pytest.raises(ValueError, match=r"the data is not the one .* b here; changed since: seed: 0 -> 1\); restore it"):
+        checkpoint.check_frozen(path, manifest, {"data": "b"}, {"seed": 1})
+
+
+def test_images_are_counted_whatever_the_batches_were(task, root):
+    fresh = Toy(start(60), CONFIG)
+    counters = {**task.engine.counters(), "images": 12_345}
+    held = {kind: dict(task.engine.tensors(kind)) for kind in KINDS}
+    fresh.engine.load(lambda kind, name: held[kind][name], counters)
+    advance(fresh, 2, 3)
+    assert fresh.engine.images == 12_345 + BATCH
+    assert fresh.engine.counters()["images"] == fresh.engine.images
 
 
 def test_differences_are_told_by_path():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.files import publish, write_whole
+from model.files import atomic_folder, write_whole
 from sample.cli import run
 from sample.pictures import open_picture
 
@@ -45,7 +45,7 @@ def test_ctrl_c_is_130(capsys):
 
 
 def test_a_folder_that_is_not_replaced_stays(tmp_path, monkeypatch):
-    """Ctrl-C between the two renames of `publish`."""
+    """Ctrl-C between the two renames of `atomic_folder`."""
     folder, rename = tmp_path / "release", Path.rename
 
     def interrupted(path, target):
@@ -53,11 +53,22 @@ def test_a_folder_that_is_not_replaced_stays(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return rename(path, target)
 
-    with publish(folder) as draft:
+    with atomic_folder(folder) as draft:
         (draft / "a").write_text("old")
     monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), publish(folder) as draft:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(folder) as draft:
         (draft / "a").write_text("new")
+    assert (folder / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_that_was_not_put_back_is_found_again(tmp_path):
+    """Killed between the two renames of `atomic_folder`, where nobody puts anything back."""
+    folder, left = tmp_path / "release", tmp_path / ".release.17.replaced"
+    left.mkdir()
+    (left / "a").write_text("old")
+    with pytest.raises(OSError, match="disk full"), atomic_folder(folder):
+        raise OSError("disk full")
     assert (folder / "a").read_text() == "old"
     assert list(tmp_path.iterdir()) == [folder]
 

@@ -86,7 +86,7 @@ class Counting:
 
     def __init__(self, reader):
         self.reader, self.looks = reader, 0
-        self.image_id, self.minds_company = reader.image_id, reader.minds_company
+        self.image_id, self.single_differs = reader.image_id, reader.single_differs
 
     def __call__(self, image, alone):
         self.looks += 1

@@ -288,3 +288,26 @@ def test_a_labelled_decoder_draws_what_ours_draws(classes, tmp_path):
 def test_schedulers_of_diffusers_load_what_is_saved(saved):
     scheduler: Any = UniPCMultistepScheduler.from_pretrained(saved, subfolder="scheduler")
     assert scheduler.config.flow_shift == 2.0
+
+
+def test_a_hub_id_is_fetched_with_our_parts(saved, pipe, tmp_path):
+    """In the layout of the hub's cache, where diffusers' own `download` knows no library but its own."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    held = tmp_path / "models--org--world"
+    shutil.copytree(saved, held / "snapshots" / commit)
+    (held / "refs").mkdir()
+    (held / "refs/main").write_text(commit)
+    again = quiet(MetaQueryPipeline.from_pretrained("org/world", cache_dir=tmp_path, local_files_only=True))
+    assert torch.equal(drawn(again), drawn(pipe))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"negative_prompt": ["a star", "two"]}, "negative_prompt: one text"),
+        ({"latents": torch.zeros(1, 4, 4, 4)}, "needed"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(pipe, settings, message):
+    with pytest.raises(ValueError, match=message):
+        drawn(pipe, **settings)

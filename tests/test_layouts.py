@@ -159,6 +159,12 @@ def test_what_is_no_benchmark_s_file_is_refused(release, tmp_path, capsys):
     assert checked("mjhq", evil, tmp_path / "absent") == 2
 
 
+def test_the_merged_copy_of_wise_is_passed_over(tmp_path):
+    whole = published("wise", tmp_path / "data")
+    (whole.parent / "merge.json").write_text(whole.read_text())
+    assert [entry.name for entry in LAYOUTS["wise"].entries(whole.parent)] == ["9", "10", "11"]
+
+
 def test_published_counts_are_met_and_listed(tmp_path, capsys):
     """553 prompts of GenEval make 2,212 pictures, the last one included; each with its own seed."""
     prompts = published("geneval", tmp_path / "prompts", [f"prompt {n}" for n in range(553)])

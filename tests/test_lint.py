@@ -13,6 +13,7 @@ from data import lint
 from data.pack import write_shards
 from data.records import Task
 from data.shard_index import index_shard
+from tests.test_buckets import encoded
 from tests.test_shards import items, png, write_tar
 
 PICTURE = png((10, 20, 30))
@@ -65,6 +66,16 @@ def test_what_one_sample_lacks_and_the_others_have(tmp_path):
     ]
     members.remove(("007.json", b"{}"))
     assert problems(tmp_path, members) == {("007", "no json, which the others have")}
+
+
+def test_pictures_of_another_format_and_conversations_about_nothing_seen_are_well(tmp_path):
+    mixed = [(f"{n:03d}.{kind}", data) for n in range(20) for kind, data in (("png", PICTURE), ("txt", b"x"))]
+    mixed[-2] = ("019.jpg", encoded(6, 4))
+    assert problems(tmp_path, mixed) == set()
+    said = json.dumps({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}).encode()
+    talks = [(f"{n:03d}.{kind}", data) for n in range(20) for kind, data in (("png", PICTURE), ("json", said))]
+    talks.remove(("007.png", PICTURE))
+    assert problems(tmp_path, talks, "chat") == set()
 
 
 def test_a_damaged_archive_is_a_problem_of_the_shard(tmp_path):

@@ -6,7 +6,7 @@ from PIL import Image
 from rich.console import Console
 
 from sample.grid import RIGHT, WRONG, Cell, Row, sheet, table
-from sample.measures import Measure, read_json, read_protocol, share, show, write_json
+from sample.measures import Measure, read_json, read_protocol, share, show, spans, spread, write_json
 
 
 def test_wilson_solves_the_equation_it_stands_for():
@@ -71,6 +71,13 @@ def test_show_prints_what_is_written():
     text = console.export_text()
     for part in ("generation.colour", "95.0 %", "76.4 to 99.1", "20", "speed.step", "0.25 s"):
         assert part in text
+
+
+def test_few_repeats_have_a_range_and_no_interval():
+    console = Console(record=True, width=90)
+    show("speed", {"speed.step": spread([1.0, 2.0, 3.0], "s")}, console)
+    assert "range" in console.export_text()
+    assert spans([spread([1.0] * 6, "s"), share(1, 2)]) == "95 % interval"
 
 
 def test_sheet_holds_every_picture_at_its_place():

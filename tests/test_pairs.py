@@ -3,17 +3,20 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from data.loader import Data
 from model.connector import ConnectorConfig
 from model.decoder import DecoderConfig, DiffusersDecoderConfig, SiTDecoderConfig
 from model.diffusers_decoder import LoraConfig
-from model.files import dump_config, write_json
+from model.files import dump_config, read_tensors, write_json
 from model.metaquery import MetaQueryConfig
 from model.mllm import MLLMConfig
 from model.vae import VAEConfig
+from sample import publish
 from sample.pipeline import Asked, Pipeline
 from sample.settings import Drawing
 from tests import tiny
@@ -23,6 +26,7 @@ from train import run
 from train.config import Run
 from train.metaquery import MetaQueryTaskConfig
 from train.preview import PreviewConfig
+from train.ranks import start
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +101,24 @@ def test_adapters_train_alone_and_come_back(parts, decoder, tmp_path):
     assert adapters
     assert all(".lora_" in name for name in adapters)
     assert any(own[name].abs().max() > 0 for name in adapters if ".lora_B." in name)  # zero at birth
+
+
+def test_adapters_start_from_a_release_whose_decoder_was_trained_whole(parts, tmp_path):
+    """As a pipeline it is the home of what stays frozen; without, its tensors have no place."""
+    train(a_run(parts, "qwen2", "sana", tmp_path / "out"), tmp_path)
+    release, lora = tmp_path / "out" / "release", LoraConfig(rank=2)
+    publish.main(["export", str(release), "--out", str(tmp_path / "dist"), "--layout", "diffusers", "--steps", "1"])
+    home = DiffusersDecoderConfig(str(tmp_path / "dist"), lora=lora)
+    config = a_run(parts, "qwen2", "sana", tmp_path / "on", home=home, trainable=())
+    begun: Any = replace(config, task=replace(config.task, init=release)).build(start(60))
+    trained = read_tensors(release / "model.safetensors")
+    own = {name: tensor for name, tensor in begun.model.own_tensors().items() if ".lora_" not in name}
+    assert own.keys() == {name for name in trained if not name.startswith("decoder.")}
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in own.items())
+    network = begun.model.decoder.model.state_dict()
+    frozen = {name.replace(".base_layer.", "."): tensor for name, tensor in network.items() if ".lora_" not in name}
+    assert all(torch.equal(tensor, trained[f"decoder.model.{name}"]) for name, tensor in frozen.items())
+    away = DiffusersDecoderConfig(str(parts / "sana"), lora=lora)
+    config = a_run(parts, "qwen2", "sana", tmp_path / "on", home=away, trainable=())
+    with pytest.raises(ValueError, match=r"unknown tensors.*task\.init.*name that folder as decoder\.path"):
+        replace(config, task=replace(config.task, init=release)).build(start(60))

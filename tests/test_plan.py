@@ -72,7 +72,7 @@ def test_kept_bytes_are_those_of_a_real_forward(tmp_path):
     config = tiny.metaquery_config(tmp_path)
     model = build(config)
     states = torch.randn(1, 4, 32, requires_grad=True)
-    kept = plan.kept(blueprint(config), prefix_tokens=20)
+    kept = plan.activation_bytes(blueprint(config), prefix_tokens=20)
     assert kept["connector"] == pytest.approx(kept_bytes(lambda: model.connector(states)), rel=0.05)
     assert kept["prefix"] == 0
 

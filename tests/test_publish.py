@@ -88,6 +88,15 @@ def test_check_is_another_process_and_export_ends_with_it(release, measures, tmp
     assert sums.returncode == 0
 
 
+def test_another_machines_rounding_is_said(release, tmp_path, capsys):
+    out = exported(release, tmp_path / "a", "--bundle-base")
+    recorded = read_json(out / "publication.json")
+    recorded["picture"] |= {"sha256": "another", "cpu": "AVX9"}
+    (out / "publication.json").write_text(json.dumps(recorded))
+    assert publish.compare(out, publish.redraw(out)) == []
+    assert "within 0 of 255 levels (cpu AVX9 then and" in capsys.readouterr().out
+
+
 def test_another_picture_is_told(release, tmp_path):
     out = exported(release, tmp_path / "a", "--bundle-base")
     assert publish.compare(out, publish.redraw(out)) == []

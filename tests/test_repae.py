@@ -1,5 +1,6 @@
 """REPA-E: who gets which gradient, and that three engines take the steps of three plain optimizers."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
 def test_an_injected_gradient_has_no_value_and_is_that_of_its_judge():
     made = torch.randn(3, requires_grad=True)
     weight = torch.ones(3, requires_grad=True)
-    term = _injected(made, lambda x: (weight * x.square()).sum())
+    term = _injected(made, lambda x: (weight * x.square()).sum(), nullcontext())
     assert term.item() == 0
     term.backward()
     assert made.grad is not None
@@ -163,6 +164,22 @@ def test_both_passes_through_the_sit_have_one_time_and_one_noise(folder):
     assert "position" not in dict(task.sit.sit.named_parameters())  # a buffer, which no step moves
 
 
+def test_no_class_is_dropped_where_the_vae_learns(folder):
+    task = build(repae_run(folder, FP32, told=ClassesTold(classes=3, dropout=1.0)), start(60))
+    told, asking = [], []
+
+    def note(module, given):
+        told.append(given[0][0])
+        asking.append(any(p.requires_grad for p in module.parameters()))
+
+    task.sit.register_forward_pre_hook(note)
+    task.step(replace(next(task.batches(0)), labels=torch.arange(BATCH) % 3))
+    aside, trained = told
+    assert bool((aside > 0).all())
+    assert not trained.any()
+    assert asking == [False, True]
+
+
 def test_the_release_is_a_decoder_and_scores_as_one(folder, tmp_path):
     """The VAE is diffusers' own, its statistics in its config; SiT and VAE draw in a MetaQuery; labels tell them what."""
     run = repae_run(folder, FP32)
@@ -203,7 +220,7 @@ def test_classes_condition_and_flips_are_addressed(folder):
     assert 0.4 < kept.float().mean() < 0.6
     part = LabelledBatch(batch.index[7:9], labels[7:9], batch.pixels[7:9])
     assert torch.equal(told(part, 0, 8)[0], words[7:9])
-    with pytest.raises(ValueError, match=r"a label is 2 and told.classes is 2; raise it"):
+    with pytest.raises(ValueError, match=r"a label is 2 and task.told.classes is 2; raise it"):
         ClassesTold(classes=2).whole(batch, 0)
     pictures = [Labelled("", tiny.image((16, 16), seed), 0) for seed in range(20)]
     flipped = LabelledCollate(16, flip=True, seed=1)(pictures, range(20)).pixels
@@ -408,6 +425,7 @@ def test_settings_that_contradict_each_other_are_refused(folder):
         (dict(discriminator=None), "task.losses.adversarial needs task.discriminator"),
         (dict(sit=tiny.sit_config(align_depth=0)), "task.targets need a block"),
         (dict(sit=None, targets=(), train_vae=False), "nothing is left to train"),
+        (dict(train_vae=False, fresh_vae=True), "task.fresh_vae gives weights that nothing would train"),
         (dict(recon_fraction=0.0), "give a share above 0"),
         (dict(freeze_vae_after=-1), "freeze_vae_after is -1; give a step, or 0 for none"),
         (dict(flip=True), "task.flip would contradict the places"),

@@ -121,6 +121,15 @@ def test_run_json_reads_back_and_is_strict(straight, parts, tmp_path):
         run.parse([str(wrong)])
 
 
+def test_a_run_that_was_moved_goes_on_where_it_lies(straight, tmp_path):
+    content = json.loads((straight / "run.json").read_text()) | {"out": None}
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    assert run.parse([str(tmp_path / "run.json")]).out is None
+    (tmp_path / "checkpoints").mkdir()
+    assert run.parse([str(tmp_path / "run.json")]).folder == tmp_path
+    assert run.parse([str(tmp_path / "run.json"), "--out", "elsewhere"]).folder == Path("elsewhere")
+
+
 def test_the_loss_falls(straight):
     seen = losses(straight)
     assert sum(seen[-4:]) < 0.97 * sum(seen[:4])
@@ -146,6 +155,7 @@ def test_the_loss_falls(straight):
         (["--task.preview.steps", "0"], "task.preview.steps: 0 is too few"),
         (["--task.preview.prompts", "a " * 400], "task.preview.prompts: the prompt"),
         (["--data.sources.0.sead", "3"], "did you mean --data.sources.0.seed?"),
+        (["--data.sources.0.urls", "x.tar"], "option --data.sources.0.urls has no place in metaquery.tiny"),
         (["--data.task", "chat"], "data.task is chat"),
         (["--resume", "must"], "resume is must"),
     ],

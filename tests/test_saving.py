@@ -35,7 +35,7 @@ def written_by(world: int, task: Toy, root):
     """The checkpoint of step 2 as that many ranks write it, one after the other."""
     manifest = checkpoint.manifest_of(save(task, root, 2))
     partial = root / ".step-00000002.partial"
-    checkpoint.empty(partial)
+    checkpoint.make_partial(partial)
     for rank in range(world):
         ranks = Ranks(rank, world, torch.device("cpu"))
         write_part(partial, share_of(task.engines, ranks), ranks)
@@ -93,7 +93,7 @@ FIRST_FORMAT = ("format", "step", "samples", "world", "zero", "counters", "confi
 
 
 def test_what_one_rank_cannot_write_fails_the_save(task, tmp_path):
-    checkpoint.empty(partial := tmp_path / ".step-00000002.partial")
+    checkpoint.make_partial(partial := tmp_path / ".step-00000002.partial")
     first, second = (Ranks(rank, 2, torch.device("cpu")) for rank in (0, 1))
     write_part(partial, share_of(task.engines, first), first)
     with pytest.raises(OSError, match=r"rank 1 has not written its part in 0.1 s"):

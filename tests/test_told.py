@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.world.asks import KINDS, Mix, heard, make_ask
+from data.world.asks import KINDS, Mix, make_ask, without_dropped
 from data.world.labels import OBJECTS, labels_config
 from model.labels import Labels
 from model.metaquery import Heard
@@ -26,7 +26,7 @@ def labels():
 def batch():
     """Edits of every kind, captions and dialogues."""
     asks = [make_ask(3, index, mix=Mix(caption=0.2, edit=0.5)) for index in range(24)]
-    told = zip(*(_label(heard(ask, None)[1]) for ask in asks), strict=True)
+    told = zip(*(_label(without_dropped(ask, None)[1]) for ask in asks), strict=True)
     words, places, *ways = (torch.from_numpy(np.stack(part)) for part in told)
     kinds = torch.tensor([KINDS.index(ask.kind) for ask in asks])
     return ToldBatch(HEARD, words, places, *ways, kinds)  # pyright: ignore[reportCallIssue] (three ways)

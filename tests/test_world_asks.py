@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data.world.asks import KINDS, Mix, heard, make_ask, next_step
+from data.world.asks import KINDS, Mix, make_ask, next_step, without_dropped
 from data.world.captions import describe, holds
 from data.world.check import agrees
 from data.world.edits import FAR, keeps_rules, make_edit, stands_free
@@ -153,16 +153,16 @@ def test_the_frame_of_drawing_is_among_those_of_an_edit():
 
 def test_what_is_lost_is_not_told():
     ask = make_ask(9, 3, "train", "edit")
-    assert heard(ask, None) == (ask.turns, ask.wanted)
-    turns, wanted = heard(ask, "text")
+    assert without_dropped(ask, None) == (ask.turns, ask.wanted)
+    turns, wanted = without_dropped(ask, "text")
     assert [turn.text for turn in turns] == [DRAW_SYSTEM, ""]
     assert turns[-1].images == ask.turns[-1].images
     assert ask.before is not None
     assert wanted == by_scene(ask.before)
-    turns, wanted = heard(ask, "image")
+    turns, wanted = without_dropped(ask, "image")
     assert wanted is None
     assert not any(turn.images for turn in turns)
     assert turns[-1].text == ask.turns[-1].text
-    assert heard(ask, "both")[1] is None
+    assert without_dropped(ask, "both")[1] is None
     caption = make_ask(9, 4, "train", "caption")
-    assert heard(caption, "image") == (caption.turns, caption.wanted)
+    assert without_dropped(caption, "image") == (caption.turns, caption.wanted)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from data.world.captions import NUMBERS, PLURALS
+from data.world.captions import NUMBERS, plural
 from data.world.conversations import PLANNED, Shares, conversation
 from data.world.questions import CELLS, KINDS, ask, questions
 from data.world.render import render
@@ -53,7 +53,7 @@ def test_a_plan_holds_what_its_caption_says_and_no_more():
         picture, _, behind = user.text.partition(" on a ")
         assert lines["background"] == (behind.split()[0] if behind else "any")
         assert lines["background"] in {*BACKGROUNDS, "any"}
-        named = {**{word: word for word in (*COLOURS, *SHAPES, *SIZES)}, **{PLURALS.get(s, s + "s"): s for s in SHAPES}}
+        named = {**{word: word for word in (*COLOURS, *SHAPES, *SIZES)}, **{plural(s): s for s in SHAPES}}
         said, count = Counter(), 1
         for word in picture.replace(",", "").split():
             count = NUMBERS.index(word) if word in NUMBERS else 1 if word in ("a", "an") else count

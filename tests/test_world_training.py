@@ -208,6 +208,9 @@ def test_a_bridge_learns_its_decoder_s_language_and_goes_on_to_draw(folder):
     torch.testing.assert_close(task.step(batch)["loss"], torch.stack(nearest).mean())
 
     drawing = MetaQueryTaskConfig(model, init=folder / "tell" / "release")
+    wider = replace(drawing, model=replace(model, queries=model.queries + 1))
+    with pytest.raises(ValueError, match=r"has .*; task\.init: \S+ is of a model of another shape"):
+        wider.build(replace(run, task=wider), ranks)
     train(replace(run, name="drawn", task=drawing, out=folder / "drawn"))
     drawn = store.load(folder / "drawn" / "release").own_tensors()
     train(replace(run, name="on", task=replace(run.task, init=folder / "drawn" / "release"), out=folder / "told on"))

@@ -162,6 +162,36 @@ def test_jsonl_lines_that_lack_something_are_counted(tmp_path, capsys):
     assert printed.count("skipped 2:") == 2  # files that cannot be read; lines without a caption
 
 
+def test_absent_columns_and_other_tasks_labels_cost_nothing(tmp_path, capsys):
+    picture(tmp_path / "red.png", "red")
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "red"}]
+    absent = dict.fromkeys(("sources", "images", "messages", "label", "caption", "image"))
+    lines = [
+        absent | {"image": "red.png", "caption": "red"},
+        absent | {"messages": said},
+        {"image": "red.png", "caption": "red", "label": "cat"},
+        absent | {"caption": "red"},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    assert run("jsonl", tmp_path / "list.jsonl", "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "samples 3, shards 1" in printed
+    assert 'skipped 1: a line has no "image" (line 4)' in printed
+
+
+def test_skipped_files_are_named_and_foreign_names_are_kept(photos, tmp_path, capsys):
+    for number in range(7):
+        picture(photos / f"lonely{number}.png", "red")
+    foreign = Path(os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png"))
+    picture(foreign, "red").with_suffix(".txt").write_text("a cafe")
+    assert run("folder", photos, "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "skipped 7: an image has no .txt file beside it (lonely0.png, lonely1.png, lonely2.png" in printed
+    assert "lonely4.png, ...)" in printed
+    source = ShardSource(str(tmp_path / "out" / "*.tar"))
+    assert "caf\N{REPLACEMENT CHARACTER}.png" in {source.read(number)["json"]["path"] for number in range(len(source))}
+
+
 @pytest.mark.parametrize("content", ['{"image": "a.png"', "[1]", "\x00"])
 def test_a_line_that_is_no_object_is_named(tmp_path, capsys, content):
     (tmp_path / "list.jsonl").write_text('{"image": "a.png"}\n' + content)

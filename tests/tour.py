@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     if failed := [one.command for one in done if one.code]:
         raise ValueError(f"{len(failed)} of {len(done)} commands failed, the first: {failed[0]}")
     if not args.only:
-        write_whole(args.page, lambda path: path.write_text(page(done)) and None)
+        write_whole(args.page, lambda path: path.write_text(page(done)))
 
 
 if __name__ == "__main__":

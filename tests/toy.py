@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.files import sha256_of
 from train.checkpoint import Keep, manifest_of, path_of, rewrite
-from train.ema import EmaConfig, kept
+from train.ema import EmaConfig, decay
 from train.engine import KINDS, Engine, EngineConfig, Step
 from train.optim import OptimConfig, adamw, learning_rate
 from train.ranks import Ranks, start
@@ -146,7 +146,7 @@ def plain_torch(saved_at: int) -> tuple[list[float], list[float], dict[str, Tens
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        keep = kept(EMA, (step + 1) * BATCH, BATCH)
+        keep = decay(EMA, (step + 1) * BATCH, BATCH)
         averages = {name: keep * old + (1 - keep) * trained[name].detach() for name, old in averages.items()}
         if step + 1 == saved_at:
             saved = averages

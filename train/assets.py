@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 
 from model.assets import ROOT
-from model.files import publish, read_json, write_whole
+from model.files import atomic_folder, read_json, write_whole
 from sample.cli import run
 from train.child import child
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     for stage in STAGES:
         if not wanted or stage.name in wanted:
             make(stage)
-    write_whole(ASSETS / "README.md", lambda path: path.write_text(report()) and None)
+    write_whole(ASSETS / "README.md", lambda path: path.write_text(report()))
 
 
 def make(stage: Stage) -> None:
@@ -89,7 +89,7 @@ def keep(stage: Stage) -> None:
     """Puts the release of a stage that has run in place, and its log beside the assets."""
     folder = RUNS / stage.name
     if stage.becomes:
-        with publish(ASSETS / stage.becomes) as draft:
+        with atomic_folder(ASSETS / stage.becomes) as draft:
             shutil.copytree(folder / "release", draft, dirs_exist_ok=True)
     for kept in ("run.json", "metrics.jsonl"):
         target = ASSETS / "logs" / f"{stage.name}.{kept}"

@@ -18,7 +18,7 @@ from data.loader import Loader
 from data.transforms import to_pil, unit
 from model.assets import fingerprint, tensors_of
 from model.autoencoder import Autoencoder
-from model.files import match, publish, write_whole
+from model.files import atomic_folder, check_match, write_whole
 from model.noise import noise
 from model.vae import VAEConfig, load_vae
 from sample.grid import Cell, Row, table
@@ -92,7 +92,7 @@ class Codec(Autoencoder):
         """Take over the weights of a release, and return its autoencoder. Raises ValueError when its shape is another."""
         found: Any = load_vae(VAEConfig(release)).autoencoder
         tensors = found.state_dict()
-        match(tensors, self.autoencoder.state_dict(), Path(release))
+        check_match(tensors, self.autoencoder.state_dict(), Path(release))
         self.autoencoder.load_state_dict(tensors)
         return found
 
@@ -157,7 +157,7 @@ class AutoencoderTask(LoaderTask):
             else:  # the engine may have rounded what it does not train
                 self.kept.decoder, self.kept.post_quant_conv = autoencoder.decoder, autoencoder.post_quant_conv
                 autoencoder = self.kept
-            with publish(folder) as draft:
+            with atomic_folder(folder) as draft:
                 autoencoder.save_pretrained(draft)
 
     def _statistics(self) -> dict[str, list[float]]:

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from data.batch import LabelledBatch, LabelledCollate
-from data.transforms import unit
 from model.perceptual import LPIPS
 from model.upsample import merge_upsampling
 from sample.measures import Measure, show, spread
@@ -271,7 +270,7 @@ def _free(networks: Networks) -> None:
 
 def parts(task: RepaeTask, batch: LabelledBatch, ranks: Ranks, compiled: bool) -> dict[str, Callable[[], Any]]:
     """Each network on its own: forward, and backward to weights or inputs as in the step."""
-    pixels, dtype = unit(batch.levels.to(ranks.device)), task.coder.autoencoder.dtype
+    pixels, dtype = batch.to(ranks.device).pixels, task.coder.autoencoder.dtype
     size = (len(pixels), *task.coder.latent_shape(pixels))
     latents = torch.zeros(size, device=ranks.device, requires_grad=True)
     told, t = task.config.told, torch.full((len(pixels),), 0.5, device=ranks.device)
@@ -285,7 +284,14 @@ def parts(task: RepaeTask, batch: LabelledBatch, ranks: Ranks, compiled: bool) -
             out = forward()
         out.float().mean().backward()
 
+    def to_latents(forward: Callable[[], Tensor]) -> None:
+        with half:
+            out = forward()
+        torch.autograd.grad(out.float().mean(), latents)
+
     copied = {name: copy.deepcopy(engine.module) for name, engine in task.engines.items()}  # engines would wait for a step
+    for module in copied.values():
+        vars(module).pop("forward", None)  # the engine's, which is bound to its own module
     if compiled:
         for module in copied.values():
             compile_all(module)
@@ -294,7 +300,7 @@ def parts(task: RepaeTask, batch: LabelledBatch, ranks: Ranks, compiled: bool) -
         "encoder": lambda: both(lambda: coder.encode(pixels.to(dtype)).latent_dist.mode()),
         "decoder": lambda: both(lambda: coder.decode(latents.to(dtype)).sample),
         "sit": lambda: both(lambda: copied["main"]((words, places), latents, t, latents.detach(), True).velocity),
-        "sit_to_align": lambda: both(
+        "sit_to_align": lambda: to_latents(
             lambda: copied["main"]((words, places), latents, t, latents.detach(), False, align_only=True).guesses[0]
         ),
     }

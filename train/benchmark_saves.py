@@ -21,7 +21,7 @@ from train.engine import KINDS, Engine, EngineConfig
 from train.machine import record
 from train.optim import OptimConfig
 from train.ranks import start
-from train.saving import Saver, sizes_of
+from train.saving import Saver, state_bytes
 
 WIDTH = 1024
 
@@ -75,7 +75,7 @@ def saves(args: Saves) -> None:
                 if repeat:  # the first of each warms up
                     still[way].append(stood)
                     whole[way].append(time.perf_counter() - began)
-    size = 4 * len(KINDS) * sum(sizes_of({"main": engine}).values())
+    size = state_bytes({"main": engine})
     ratios = [at_once / behind for at_once, behind in zip(still[False], still[True], strict=True)]
     measures = {
         "saves.size": Measure(size, unit="B"),

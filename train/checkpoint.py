@@ -38,6 +38,7 @@ from train.ranks import Ranks
 FORMAT, READABLE = 2, (1, 2)  # 1 had each kind in one file
 READERS = 8  # files of a checkpoint that are verified at a time
 DIGEST = "sha256_of_this"  # in a manifest: of all else that it says
+DECIDING = ("data", "seed", "task", "schedule.batch_size")  # settings that decide what a run reads begin so
 T = TypeVar("T")
 
 
@@ -219,12 +220,16 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def check_frozen(path: Path, manifest: Manifest, frozen: Mapping[str, str]) -> None:
-    """ValueError when what the run reads and does not train is not what the checkpoint was trained with."""
+def check_frozen(path: Path, manifest: Manifest, frozen: Mapping[str, str], config: Any = None) -> None:
+    """ValueError when what the run reads and does not train is not what the checkpoint was trained with; it names the
+    settings of `config`, the run's own, that changed since and decide what is read."""
     for part in other_parts(manifest, frozen):
+        changes = [] if config is None else [c for c in differences(manifest.config, config) if c.startswith(DECIDING)]
+        since = f"; changed since: {', '.join(changes)}" if changes else ""
         raise ValueError(
             f"the {part} is not the one that {path} was trained with (sha256 {manifest.frozen[part]} there, {frozen[part]} "
-            "here); restore it (of a hub id, give the revision), give another --out, or go on all the same: --allow-change"
+            f"here{since}); restore it (of a hub id, give the revision), give another --out, or go on all the same: "
+            "--allow-change"
         )
 
 
@@ -324,7 +329,7 @@ def held(root: Path) -> list[Path]:
     return sorted(root.glob("step-*"))
 
 
-def empty(folder: Path) -> None:
+def make_partial(folder: Path) -> None:
     """`folder`, new and empty, and no leftovers of earlier crashes beside it."""
     for leftover in folder.parent.glob(".step-*"):
         shutil.rmtree(leftover)

@@ -24,7 +24,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from model import store
-from model.files import check_new, match, parse_config
+from model.files import check_match, check_new, parse_config
 from train import checkpoint
 from train.config import Run
 from train.ranks import start
@@ -122,8 +122,7 @@ def export(path: Path, out: Path) -> None:
     manifest = checkpoint.verify(path)
     run = parse_config(Run, manifest.config, path / "manifest.json")
     ranks = start(run.engine.timeout_seconds)
-    torch.manual_seed(run.seed)  # as the run itself: what is drawn and stays as it was drawn is in no checkpoint
-    task = run.task.build(run, ranks)
+    task = run.build(ranks)  # what is drawn and stays as it was drawn is in no checkpoint
     checkpoint.load(path, task.engines, ranks)
     checkpoint.check_frozen(path, manifest, task.frozen())
     task.release(out)
@@ -138,7 +137,7 @@ def mean(releases: Sequence[Path], out: Path) -> None:
     first, *others = (store.load(folder) for folder in releases)
     held = [first.own_tensors(), *(model.own_tensors() for model in others)]
     for folder, model, tensors in zip(releases[1:], others, held[1:], strict=True):
-        match(tensors, held[0], folder)
+        check_match(tensors, held[0], folder)
         if model.config != first.config:
             raise ValueError(f"{folder} has other settings than {releases[0]}; name releases of one lineage")
     means = {name: torch.stack([t[name].float() for t in held]).mean(0).to(tensor) for name, tensor in held[0].items()}

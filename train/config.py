@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from data.loader import Data
 from train.autoencoder import AutoencoderTaskConfig
 from train.ema import EmaConfig
@@ -14,10 +16,12 @@ from train.loop import Schedule
 from train.metaquery import MetaQueryTaskConfig
 from train.metrics import MetricsConfig
 from train.optim import OptimConfig
+from train.ranks import Ranks
 from train.repae import RepaeTaskConfig
 from train.see import SeeTaskConfig
+from train.task import Task
 from train.tell import TellTaskConfig
-from train.understand import UnderstandConfig
+from train.understand import UnderstandTaskConfig
 from train.watchdog import WatchConfig
 
 TaskConfig = (
@@ -27,7 +31,7 @@ TaskConfig = (
     | LabelledTaskConfig
     | RepaeTaskConfig
     | SeeTaskConfig
-    | UnderstandConfig
+    | UnderstandTaskConfig
 )
 
 
@@ -57,3 +61,8 @@ class Run:
     def folder(self) -> Path:
         """`out`, or what stands for it."""
         return self.out or Path("runs") / self.name
+
+    def build(self, ranks: Ranks) -> Task:
+        """The task, fresh weights drawn by the seed: what one command builds from a run, every other builds as well."""
+        torch.manual_seed(self.seed)
+        return self.task.build(self, ranks)

@@ -19,7 +19,6 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,8 @@ from model.files import dump_config, write_whole
 from sample import cli
 from train import checkpoint
 from train.config import Run
-from train.engine import KINDS
 from train.ranks import Lost, Ranks, others_answer, start
+from train.saving import state_bytes
 
 PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "webdataset", "safetensors")
 REDUCED_BYTES = 16 << 20
@@ -193,7 +192,7 @@ def step(run: Run, ranks: Ranks) -> Finding:
     """Builds the task, reads a batch and takes one optimizer step; what that takes, and what a checkpoint will."""
     aside = run.folder.with_name(f".{run.folder.name}.{ranks.share(uuid.uuid4().hex[:8])}.doctor")  # for a fresh MLLM
     try:
-        task: Any = run.task.build(replace(run, out=aside), ranks)
+        task: Any = replace(run, out=aside).build(ranks)
     finally:
         if ranks.first:
             shutil.rmtree(aside, ignore_errors=True)
@@ -205,7 +204,7 @@ def step(run: Run, ranks: Ranks) -> Finding:
     loss = ", ".join(f"{name} {float(value):.4g}" for name, value in scalars.items())
     seconds = time.perf_counter() - began - read
     objection = next((e.last.objection for e in task.engines.values() if e.last and e.last.objection), None)
-    size = 4 * len(KINDS) * sum(prod(shape) for e in task.engines.values() for shape in e.shapes().values())
+    size = state_bytes(task.engines)
     there, schedule = len(checkpoint.held(run.folder / "checkpoints")), run.schedule
     for_good = schedule.steps // schedule.keep_every if schedule.keep_every else 0
     wanted = schedule.keep + for_good + bool(schedule.keep_best) + 1  # a new one is whole before an old one goes

@@ -28,8 +28,8 @@ class EmaConfig:
             raise ValueError(f"ema.rampup is {self.rampup}; give a number above 0")
 
 
-def kept(config: EmaConfig, images_seen: int, images: int) -> float:
-    """The share of the old average that stays after a step on `images` images: 0.5 ** (images / half-life)."""
+def decay(config: EmaConfig, images_seen: int, images: int) -> float:
+    """The EMA decay of a step on `images` images, the last of `images_seen`: 0.5 ** (images / half-life)."""
     halflife = min(float(config.halflife_images), config.rampup * images_seen)
     return 0.5 ** (images / halflife) if halflife > 0 else 0.0
 

@@ -22,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.compiled import compile_all
-from train.ema import EmaConfig, follow, kept
+from train.ema import EmaConfig, decay, follow
 from train.guard import Guard, GuardConfig
 from train.optim import AdamW, OptimConfig, adamw, learning_rate
 from train.ranks import Ranks
 
+BUCKET = 500_000_000  # numbers that DeepSpeed reduces at once
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "average")
 """What is kept in float32 for each trained parameter: the master weight, AdamW's two moments, the moving average."""
 
@@ -110,6 +111,8 @@ def deepspeed_config(config: EngineConfig, *, batch_size: int, accumulation: int
     }
     if config.precision == "bf16":
         derived["bf16"]["check_grad_overflow"] = True
+    if config.precision == "autocast" and config.zero < 3:  # else plain layers' gradients are rounded to bfloat16 and back
+        derived["torch_autocast"]["lower_precision_safe_modules"] = []
     if config.offload_optimizer:  # our AdamW updates there too: fused, and state by name as anywhere
         derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         derived["zero_force_ds_cpu_optimizer"] = False
@@ -171,7 +174,7 @@ class Engine:
         self.optim, self.config, self.ema = optim, config, ema
         self.batch_size, self.accumulation, self.total_steps = batch_size, accumulation, total_steps
         self.guard = Guard()
-        self.steps = 0  # optimizer steps tried, refused ones included
+        self.steps = self.images = 0  # optimizer steps tried, refused ones included, and the images that they saw
         self.last: Step | None = None
         self._loss = torch.zeros((), device=ranks.device)  # sum over the micro-batches of the running step
         self._micro = 0
@@ -187,6 +190,8 @@ class Engine:
         if config.precision == "bf16":  # inputs such as time stay float32; DeepSpeed switches an outer autocast off
             module.forward = torch.autocast(ranks.device.type, torch.bfloat16)(module.forward)
         settings = deepspeed_config(config, batch_size=batch_size, accumulation=accumulation, world=ranks.world)
+        size = sum(p.numel() for p in module.parameters() if p.requires_grad)  # DeepSpeed makes a buffer of a bucket's size
+        settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, size))
         self._engine = _initialize(module, self._optimizer, settings, config.timeout_seconds, ranks)
         self._shards = _Shards(self._engine, self._optimizer)
 
@@ -196,7 +201,7 @@ class Engine:
 
     def aside(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward in the engine's precision, for a pass of which only gradients with respect to its inputs are
-        taken (`torch.autograd.grad`): the engine's own call would wait for a backward pass."""
+        taken (`torch.autograd.grad`, all of it while `held_still`): the engine's own call would wait for a backward pass."""
         half = self.config.precision == "autocast"
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=half):
             return self.module(*args, **kwargs)
@@ -217,9 +222,9 @@ class Engine:
         self.last = self._update(loss)
         self.guard.record(loss, self.last.objection)
         self.steps += 1
+        self.images += self.batch_size
         if self.last.objection is None:
-            keep = kept(self.ema, images_seen=self.steps * self.batch_size, images=self.batch_size)
-            self._shards.follow(keep)
+            self._shards.follow(decay(self.ema, images_seen=self.images, images=self.batch_size))
         self._loss.zero_()
         self._micro = 0
 
@@ -238,6 +243,19 @@ class Engine:
             norm = float(norm)
             objection = objection or self.guard.objection(self.config.guard, loss, norm)
         return Step(loss, norm, lr, objection)
+
+    @contextmanager
+    def held_still(self) -> Iterator[None]:
+        """Inside, no trained parameter asks for a gradient: `aside` saves nothing for theirs, and what is compiled computes
+        none of it."""
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        for p in trained:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in trained:
+                p.requires_grad_(True)
 
     @contextmanager
     def averaged(self, kind: str = "average") -> Iterator[nn.Module]:
@@ -281,11 +299,17 @@ class Engine:
             self._shards.scatter(p, {kind: read(kind, name) for kind in KINDS})
         self._shards.set_step(counters["adam_step"])
         self.steps = counters["steps"]
+        self.images = counters.get("images", self.steps * self.batch_size)  # older checkpoints did not count them
         self.guard = Guard(**counters["guard"])
 
     def counters(self) -> dict[str, Any]:
         """The small rest of the state, as JSON values."""
-        return {"steps": self.steps, "adam_step": self._shards.get_step(), "guard": asdict(self.guard)}
+        return {
+            "steps": self.steps,
+            "images": self.images,
+            "adam_step": self._shards.get_step(),
+            "guard": asdict(self.guard),
+        }
 
     def buffers(self) -> dict[str, Tensor]:
         """The module's persistent buffers by name; checkpoints keep rank 0's."""

@@ -21,7 +21,7 @@ from data.transforms import unit
 from data.world.labels import Withhold, labels_config
 from model.assets import fingerprint, tensors_of
 from model.decoder import load_sit, save_sit
-from model.files import match
+from model.files import check_match
 from model.labels import LABELS_FILE, Labels, load_labels
 from model.noise import FlowConfig, NoiseConfig, build_noising, noise
 from model.sit import SiT, SiTConfig, finer
@@ -128,7 +128,7 @@ def start_from(release: Path, sit: SiT, labels: Labels | None) -> None:
     released. Raises ValueError when one is missing or does not fit."""
     if labels is not None:
         found = load_labels(release).state_dict()
-        match(found, labels.state_dict(), release)
+        check_match(found, labels.state_dict(), release)
         labels.load_state_dict(found)
     sit.load_state_dict(finer(load_sit(str(release)), sit.config).state_dict())
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from errno import ENOLCK, ENOSYS, EOPNOTSUPP
-from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from model.files import write_whole
+from model.files import write_json, write_whole
 from sample.cli import sentence
 from train import checkpoint
+from train.lock import alone_in
 from train.metrics import Metrics, MetricsConfig, Window
 from train.ranks import Ranks, seed_step
 from train.rollback import Skipped, refusals, roll_back
@@ -122,12 +117,12 @@ def fit(
         )
         checkpoint.set_aside(root, step, ranks)
         if ranks.first:
-            write_whole(folder / "run.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n") and None)
+            write_whole(folder / "run.json", lambda path: write_json(path, config))
         log.console.print(f"{folder}: from step {step} to {schedule.steps}, sample {samples} on, {ranks.world} rank(s)")
         for line in changed:
             log.console.print(f"  changed since the checkpoint: {line}")
         if ranks.any(bool(interrupted)):  # while networks were read, say; nothing is new that could be saved
-            log.event(step, "stopped", signal=interrupted[0] if interrupted else "on another rank")
+            _log_stop(log, step, interrupted)
             return False
         batches = task.batches(samples)
         clock = _Clock()
@@ -160,18 +155,10 @@ def fit(
                 clock.restart()
             saver.report()
             if stop and not last:
-                log.event(step, "stopped", signal=interrupted[0] if interrupted else "on another rank")
+                _log_stop(log, step, interrupted)
                 return False
             if last or (schedule.preview_every and step % schedule.preview_every == 0):
-                with dog.limit("preview"):
-                    measured, problem = _previewed(task, folder / "previews", step)
-                    ranks.barrier()
-                if problem:
-                    log.event(step, "no preview", reason=problem)
-                if measured:
-                    log.event(step, "preview", **measured)
-                    with dog.limit("save"):
-                        saver.note(step, measured)
+                _preview(task, folder / "previews", step, saver, log, dog, ranks)
                 clock.restart()
         with dog.limit("save"):
             saver.finish()
@@ -179,12 +166,25 @@ def fit(
     return True
 
 
-def _previewed(task: Task, folder: Path, step: int) -> tuple[dict[str, float] | None, str]:
-    """What the preview measured; or why it could not be written, which is no reason to end a run."""
-    try:
-        return task.preview(folder, step), ""
-    except OSError as error:
-        return None, sentence(error)
+def _log_stop(log: Metrics, step: int, interrupted: Sequence[str]) -> None:
+    log.event(step, "stopped", signal=interrupted[0] if interrupted else "on another rank")
+
+
+def _preview(task: Task, folder: Path, step: int, saver: Saver, log: Metrics, dog: Watchdog, ranks: Ranks) -> None:
+    """The task's preview; what it measured stays with this step's checkpoint. One that cannot be written is only told."""
+    measured, problem = None, ""
+    with dog.limit("preview"):
+        try:
+            measured = task.preview(folder, step)
+        except OSError as error:
+            problem = sentence(error)
+        ranks.barrier()
+    if problem:
+        log.event(step, "no preview", reason=problem)
+    if measured:
+        log.event(step, "preview", **measured)
+        with dog.limit("save"):
+            saver.note(step, measured)
 
 
 def read_alike(task: Task, ranks: Ranks) -> dict[str, str]:
@@ -199,40 +199,6 @@ def read_alike(task: Task, ranks: Ranks) -> dict[str, str]:
             "all machines hold the same shards, under the same names"
         )
     return reads[0]
-
-
-@contextmanager
-def alone_in(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Nobody else trains in `folder` meanwhile: two that write one run would mix their steps. Raises ValueError, on every
-    rank, when another process does, or the folder cannot be written. The system lets go of it however this process ends;
-    a file system without locks is taken as it is."""
-    problem, new = None, False
-    with ExitStack() as held:
-        if ranks.first:
-            try:
-                new = not folder.exists()
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = held.enter_context((folder / ".lock").open("a+"))
-                flock(lock, LOCK_EX | LOCK_NB)
-                lock.truncate(0)
-                print(f"pid {os.getpid()} on {platform.node()}", file=lock, flush=True)
-            except BlockingIOError:
-                seconds = max(0.0, time.time() - (folder / ".lock").stat().st_mtime)
-                problem = (
-                    f"out: another process ({(folder / '.lock').read_text().strip()}) is training in {folder} "
-                    f"for {seconds:,.0f} s; wait for it, stop it, or give another --out"
-                )
-            except OSError as error:
-                if error.errno not in (ENOSYS, ENOLCK, EOPNOTSUPP):
-                    problem = f"out: {folder} cannot be written ({error.strerror}); give another --out"
-        if problem := ranks.share(problem):
-            raise ValueError(problem)
-        try:
-            yield
-        except ValueError:
-            if new and [*folder.iterdir()] == [folder / ".lock"]:  # refused before anything came of it
-                shutil.rmtree(folder)
-            raise
 
 
 def _resume(
@@ -250,7 +216,7 @@ def _resume(
         return 0, 0, [], []
     manifest = checkpoint.load(path, task.engines, ranks)
     if not allow_change:
-        checkpoint.on_first(ranks, lambda: checkpoint.check_frozen(path, manifest, frozen))
+        checkpoint.on_first(ranks, lambda: checkpoint.check_frozen(path, manifest, frozen, config))
     changed = [f"another {part}" for part in checkpoint.other_parts(manifest, frozen)]
     return manifest.step, manifest.samples, manifest.skipped, changed + checkpoint.differences(manifest.config, config)
 

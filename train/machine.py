@@ -19,7 +19,7 @@ from sample.measures import Measure, write_json
 def record(path: Path, measures: Mapping[str, Measure]) -> None:
     """Writes NAME.json, and NAME.machine.txt for `sample.report`."""
     write_json(path, measures)
-    write_whole(path.with_suffix(".machine.txt"), lambda draft: draft.write_text(f"{describe()}\n") and None)
+    write_whole(path.with_suffix(".machine.txt"), lambda draft: draft.write_text(f"{describe()}\n"))
 
 
 def describe() -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from data.batch import T2IBatch, TextToImageCollate
@@ -17,7 +18,7 @@ from data.loader import Loader, World
 from data.records import DRAWN
 from data.shards import Shards
 from model.connector import grown
-from model.files import match, read_tensors
+from model.files import check_match, read_tensors
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 from model.mllm import load
 from model.noise import noise
@@ -162,13 +163,23 @@ class MetaQueryTask(BridgeTask, LoaderTask):
 
 
 def start_from(model: MetaQuery, release: Path) -> None:
-    """Take the tensors of a release over into a model of the same shape, in which more of the decoder may train, and whose
-    connector may have further layers and look. Raises ValueError when they do not fit."""
+    """Take the tensors of a release over into a model of the same shape, in which more of the decoder may train, or none
+    where it lies at decoder.path as it was trained; the connector may have further layers and look. Raises ValueError when
+    they do not fit."""
     tensors = read_tensors(release / "model.safetensors")
+    own = model.own_tensors()
+    frozen = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if name not in own}
+    there = [name for name in tensors.keys() & frozen.keys() if torch.equal(frozen[name], tensors[name].to(frozen[name]))]
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in there}
     connector = {name.removeprefix(CONNECTOR): t for name, t in tensors.items() if name.startswith(CONNECTOR)}
     tensors |= {CONNECTOR + name: tensor for name, tensor in grown(connector, model.connector).items()}
-    wanted = {name: t for name, t in model.own_tensors().items() if name in tensors or not name.startswith("decoder.")}
-    match(tensors, wanted, release / "model.safetensors")
+    wanted = {name: t for name, t in own.items() if name in tensors or not name.startswith("decoder.")}
+    remedy = (
+        f"task.init: {release} is of a model of another shape; give this run the task.model of its config.json (queries, "
+        "connector, trainable, decoder.lora), or leave task.init out; to freeze or adapt a decoder that it trained, write "
+        "it with sample.publish export --layout diffusers and name that folder as decoder.path"
+    )
+    check_match(tensors, wanted, release / "model.safetensors", remedy)
     model.load_state_dict(tensors, strict=False)  # names are checked; the frozen rest came with the decoder
 
 

@@ -74,7 +74,7 @@ def plan(run: Run, world: int, prefix_tokens: int) -> dict[str, Measure]:
     model = blueprint(config)
     if run.engine.precision == "bf16":
         nn.Module.to(model, torch.bfloat16)
-    activations = size * sum(kept(model, prefix_tokens).values())
+    activations = size * sum(activation_bytes(model, prefix_tokens).values())
     counted = flops(blueprint(unchecked(config)), prefix_tokens)
     rank = memory(model, run.engine, world) | {"activations": activations}
     host: dict[str, float] = {}
@@ -143,7 +143,7 @@ def flops(model: MetaQuery, prefix_tokens: int) -> dict[str, float]:
         return {part: float(flop(step)) for part, step in steps(model, prefix_tokens).items()}
 
 
-def kept(model: MetaQuery, prefix_tokens: int) -> dict[str, float]:
+def activation_bytes(model: MetaQuery, prefix_tokens: int) -> dict[str, float]:
     """Bytes that one picture keeps for the backward pass by part, with attention that keeps no scores (flash or
     memory-efficient)."""
     with torch.device("meta"):

@@ -13,7 +13,7 @@ import torch
 from data.batch import T2IBatch
 from model.connector import Connector, ConnectorConfig
 from model.decoder import SiTDecoder
-from model.files import match
+from model.files import check_match
 from model.metaquery import Bridge
 from model.mllm import MLLMConfig, load
 from model.prefix import Prefix
@@ -44,7 +44,7 @@ class PromptsTold:
         bridge = Bridge(mllm, queries, connector)
         if self.init is not None:
             tensors = bridge_tensors(self.init)
-            match(tensors, bridge.state_dict(), self.init / "model.safetensors")
+            check_match(tensors, bridge.state_dict(), self.init / "model.safetensors")
             bridge.load_state_dict(tensors)
         return bridge
 

@@ -12,7 +12,8 @@ an encoder's features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,7 +42,7 @@ from model.targets import Grid, Target, TargetConfig, load_target
 from model.upsample import merge_upsampling
 from model.vae import LatentVAE, VAEConfig, load_vae
 from train.compiled import compile_blocks, compile_whole
-from train.ema import kept
+from train.ema import decay
 from train.engine import Engine
 from train.labelled import start_from
 from train.loss import gaussian_kl, hinge, squared_error
@@ -123,6 +124,8 @@ class RepaeTaskConfig:
             raise ValueError("task.targets need a block to look after; give task.sit.align_depth, or no targets")
         if self.sit is None and not self.train_vae:
             raise ValueError("task.sit is None and task.train_vae is off: nothing is left to train")
+        if self.fresh_vae and not self.train_vae:
+            raise ValueError("task.fresh_vae gives weights that nothing would train; set task.train_vae, or leave it out")
         if self.sit is None and self.init is not None:
             raise ValueError("task.init is a SiT to go on from, and task.sit is None; leave one of them out")
         for name in ("align_until", "freeze_vae_after"):
@@ -164,7 +167,9 @@ class RepaeTaskConfig:
             if self.init is not None:
                 start_from(self.init, main.sit, teller if isinstance(teller, Labels) else None)
         if self.train_vae:
-            modules["vae"] = coder.requires_grad_(True).train()
+            modules["vae"] = coder.requires_grad_(
+                True
+            ).eval()  # in training, diffusers' blocks copy what their shortcuts read
             if self.discriminator is not None and self.losses.adversarial:
                 modules["discriminator"] = Discriminator(self.discriminator)
         distance = None
@@ -236,7 +241,9 @@ class Networks:
                 channels_last(module)
 
     def compile_frozen(self) -> None:
-        """LPIPS, the encoders' blocks."""
+        """LPIPS, the encoders' blocks, those of a VAE that stays."""
+        if "vae" not in self.modules:
+            compile_blocks(self.coder)
         if isinstance(self.distance, LPIPS):
             compile_whole(self.distance)
         for target in self.targets:
@@ -325,7 +332,7 @@ class RepaeTask(LoaderTask):
         if self.vae_trains:
             count = max(1, round(config.recon_fraction * len(pixels)))
             coded = Coded(*self.engines["vae"](pixels, posterior, count))
-            measured |= self._step_vae(coded, pixels[:count], given, seen)
+            measured |= self._step_vae(coded, pixels[:count], self._undropped(batch, given), seen)
             if "discriminator" in self.engines:
                 measured |= self._step_discriminator(pixels[:count], coded.rebuilt.detach())
             latents = coded.latents.detach()
@@ -375,6 +382,13 @@ class RepaeTask(LoaderTask):
         t = self.sit.noising.times(batch.index, self.seed).to(self.ranks.device)
         return told, t, noise(batch.index, self.seed, shape).to(self.ranks.device)
 
+    def _undropped(self, batch: Any, given: Any) -> Any:
+        """What is given to the pass that the VAE learns from: of classes none is dropped, as published."""
+        told = self.config.told
+        if given is None or not isinstance(told, ClassesTold) or not told.dropout:
+            return given
+        return tuple(part.to(self.ranks.device) for part in told.whole(batch, self.seed)), *given[1:]
+
     @torch.no_grad()
     def _seen(self, pixels: Tensor) -> list[Tensor]:
         until = self.config.align_until
@@ -414,9 +428,10 @@ class RepaeTask(LoaderTask):
             measured["perceptual"] = self._apart(self.distance, rebuilt, pixels, seen).mean()
             loss = loss + weights.perceptual * measured["perceptual"]
         if given is not None and ((weights.align and seen) or weights.diffusion):
-            loss = loss + _injected(coded.latents, lambda z: self._latent_loss(z, given, seen))
+            still = self.engines["main"].held_still()
+            loss = loss + _injected(coded.latents, lambda z: self._latent_loss(z, given, seen), still)
         if "discriminator" in self.engines:
-            loss = loss + _injected(coded.rebuilt, self._deceit)
+            loss = loss + _injected(coded.rebuilt, self._deceit, self.engines["discriminator"].held_still())
         self.engines["vae"].backward(loss)
         self.engines["vae"].step()
         return {name: value.detach() for name, value in measured.items()}
@@ -474,8 +489,7 @@ class RepaeTask(LoaderTask):
         engine.step()
         if engine.steps > before:
             taken = engine.last is not None and engine.last.objection is None
-            keep = kept(self.ema, images_seen=engine.steps * self.batch_size, images=self.batch_size)
-            self.sit.norm.settle(taken, keep)
+            self.sit.norm.settle(taken, decay(self.ema, images_seen=engine.images, images=self.batch_size))
         return measured
 
     def _alignment(self, guesses: tuple[Tensor, ...], seen: list[Tensor]) -> Tensor:
@@ -483,9 +497,10 @@ class RepaeTask(LoaderTask):
         return alignment(guesses, prepared)
 
 
-def _injected(made: Tensor, judge: Any) -> Tensor:
-    """A term of value 0 whose gradient with respect to `made` is that of judge(made), and which reaches nothing else."""
+def _injected(made: Tensor, judge: Callable[[Tensor], Tensor], still: AbstractContextManager) -> Tensor:
+    """A term of value 0 whose gradient with respect to `made` is that of judge(made), taken within `still`, and which
+    reaches nothing else."""
     leaf = made.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), still:
         (gradient,) = torch.autograd.grad(judge(leaf), leaf)
     return (gradient.to(made.dtype) * (made - made.detach())).sum()

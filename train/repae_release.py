@@ -11,7 +11,7 @@ import torch
 
 from data.transforms import to_pil, unit
 from model.decoder import SiTDecoder, SiTDecoderConfig, save_sit
-from model.files import publish, write_whole
+from model.files import atomic_folder, write_whole
 from model.labels import LABELS_FILE, Labels
 from model.metaquery import Bridge, MetaQuery, MetaQueryConfig
 from model.noise import noise
@@ -39,7 +39,7 @@ def release(task: RepaeTask, folder: Path) -> None:
         if task.sit is not None:
             mean, std = task.sit.norm.statistics()
             autoencoder.register_to_config(latents_mean=mean, latents_std=std)
-        with publish(folder) as draft:
+        with atomic_folder(folder) as draft:
             autoencoder.save_pretrained(draft / "vae")
             if task.sit is not None:
                 teller = task.sit.teller

@@ -18,18 +18,21 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 
 import configs
+from data.loader import World
+from data.shards import Shards
 from model.files import did_you_mean, dump_config, parse_config, read_json
 from sample import cli
 from train.config import Run
 from train.guard import Diverged
 from train.loop import fit, interruptible
+from train.optim import learning_rate
 from train.ranks import Lost, Ranks, others_answer, start
 
 DIVERGED, LOST, INTERRUPTED = 1, os.EX_UNAVAILABLE, os.EX_TEMPFAIL
@@ -60,8 +63,13 @@ def main(argv: list[str] | None = None) -> None:
 def train(run: Run, ranks: Ranks, interrupted: Sequence[str] | None = None) -> int:
     """Train one run to its end, or to a signal (`interrupted`: as of `fit`). The exit code, the same on all ranks; raises
     ValueError for what the user can mend."""
-    torch.manual_seed(run.seed)
-    task = run.task.build(run, ranks)
+    task = run.build(ranks)
+    if ranks.first and run.optim.warmup_steps >= run.schedule.steps:
+        reached = learning_rate(run.optim, run.schedule.steps - 1, run.schedule.steps)
+        print(
+            f"optim.warmup_steps is {run.optim.warmup_steps:,} and schedule.steps {run.schedule.steps:,}: the learning rate "
+            f"only rises, to {reached:.2g}"
+        )
     try:
         finished = fit(
             task,
@@ -89,7 +97,7 @@ def parse(argv: list[str]) -> Run:
         print(f"{__doc__}\nruns: {', '.join(names())}")
         raise SystemExit(0 if argv else 2)
     name, *overrides = argv
-    default = read(Path(name)) if name.endswith(".json") else named(name)()
+    default = _moved(Path(name)) if name.endswith(".json") else named(name)()
     run, unknown = tyro.cli(
         Run,
         default=default,
@@ -102,9 +110,26 @@ def parse(argv: list[str]) -> Run:
     if unknown:
         known = {f"--{key.replace('_', '-')}" for key in leaves(dump_config(run))}
         word = unknown[0].split("=")[0].replace("_", "-")
-        if any(word == each or word.startswith(f"{each}.") for each in known):  # None or another kind of part in this run
+        if _belongs_elsewhere(word, known):
             raise ValueError(f"option {unknown[0]} has no place in {name}: give its part in a config of your own (configs/)")
         raise ValueError(f"unknown option {unknown[0]}{did_you_mean(word, known)}")
+    return run
+
+
+def _belongs_elsewhere(option: str, known: set[str]) -> bool:
+    """Whether it is an option of a part that the run lacks, or has of another kind."""
+    part, _, name = option.rpartition(".")
+    of_sources = {field.name.replace("_", "-") for kind in (Shards, World) for field in fields(kind)}
+    of_a_source = part.rpartition(".")[0] == "--data.sources" and name in of_sources
+    return of_a_source or any(option == each or option.startswith(f"{each}.") for each in known)
+
+
+def _moved(path: Path) -> Run:
+    """The run that a run.json describes; in the folder where it lies, when checkpoints lie beside it."""
+    run = read(path)
+    beside = path.parent.absolute()
+    if run.out is None and (beside / "checkpoints").is_dir() and beside != run.folder.absolute():
+        return replace(run, out=path.parent)
     return run
 
 

@@ -94,7 +94,7 @@ class Saver:
             skipped=list(skipped),
         )
         try:
-            checkpoint.on_first(self.ranks, lambda: checkpoint.empty(self._partial(step)))
+            checkpoint.on_first(self.ranks, lambda: checkpoint.make_partial(self._partial(step)))
         except OSError as error:
             save.problem = sentence(error)
             return
@@ -181,6 +181,11 @@ class Saver:
                 checkpoint.prune(self.root, self.keep)
             except OSError as error:
                 save.kept_too_much = sentence(error)
+
+
+def state_bytes(engines: Mapping[str, Engine]) -> int:
+    """Bytes of all KINDS of every trained parameter, in float32."""
+    return 4 * len(KINDS) * sum(sizes_of(engines).values())
 
 
 def sizes_of(engines: Mapping[str, Engine]) -> dict[tuple[str, str], int]:

@@ -31,7 +31,7 @@ from sample import cli
 from sample.measures import Measure, show, write_json
 from train.collectives import Load, Network, messages, payload
 from train.config import Run
-from train.plan import GRADIENT_BYTES, flops, kept, memory, metaquery_of, shaped, unchecked
+from train.plan import GRADIENT_BYTES, activation_bytes, flops, memory, metaquery_of, shaped, unchecked
 
 STAGES = (1, 2, 3)  # 0 trains in float32 alone
 MASTERS = 12  # bytes of a trained weight in a checkpoint of DeepSpeed's: float32, and AdamW's two moments
@@ -105,7 +105,7 @@ class Recipe:
         self.model = blueprint(config)
         if run.engine.precision == "bf16":
             nn.Module.to(self.model, torch.bfloat16)
-        self.activations = sum(kept(self.model, prefix_tokens).values())  # bytes of a picture
+        self.activations = sum(activation_bytes(self.model, prefix_tokens).values())  # bytes of a picture
         counted = flops(blueprint(unchecked(config)), prefix_tokens)
         self.flop, self.encoding = sum(counted.values()), counted["vae"]
         self.latent_bytes = 2 * prod(self.model.latent_shape)  # as data.precompute keeps them

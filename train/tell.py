@@ -24,7 +24,7 @@ from torch import Tensor
 
 from data.dropout import drop
 from data.loader import Data, Positions, World
-from data.world.asks import KINDS, Mix, heard, make_ask
+from data.world.asks import KINDS, Mix, make_ask, without_dropped
 from data.world.labels import (
     CHOICES,
     GROUNDS,
@@ -152,7 +152,7 @@ class Asks(Positions[ToldBatch]):
         turns, told, kinds = [], [], []
         for number in self.numbers(position):
             ask = make_ask(self._world.seed, number, self._world.split, size=self._data.image_size, mix=self._mix)
-            said, wanted = heard(ask, drop(number, self._seed, self._data.dropout))
+            said, wanted = without_dropped(ask, drop(number, self._seed, self._data.dropout))
             turns.append(said)
             told.append(_label(laid_out(wanted) if self._layout and wanted is not None else wanted))
             kinds.append(KINDS.index(ask.kind))

@@ -133,7 +133,7 @@ def measure(run: Run, zero: Literal[0, 1, 2, 3], inside: bool, steps: int, ranks
             strict.write_text(json.dumps(theirs | {"zero_optimization": theirs.get("zero_optimization", {}) | STRICT}))
         engine = replace(run.engine, zero=zero, deepspeed_json=strict)
         run = replace(run, engine=engine)
-        task: Any = official(run, ranks) if inside else run.task.build(run, ranks)
+        task: Any = official(run, ranks) if inside else run.build(ranks)
     batches = task.batches(0)
     for _ in range(WARM):
         one_step(task, batches, run)

@@ -35,7 +35,7 @@ from model.vision import batch_equal_pictures
 from sample.measures import show, write_json
 from sample.world_answers import MEASURES, exams, understanding
 from train.engine import Engine, micro_batch_size
-from train.loop import alone_in
+from train.lock import alone_in
 from train.ranks import Ranks
 from train.see import places, through_noise
 from train.talk import GroupCollate, Talk, only_world, training_text
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class UnderstandConfig:
+class UnderstandTaskConfig:
     """Which MLLM learns, which of its parameters, and from which conversations."""
 
     init: Path | None = None
@@ -224,7 +224,7 @@ class UnderstandTask(Task):
         run: Run,
         ranks: Ranks,
     ) -> None:
-        assert isinstance(run.task, UnderstandConfig)
+        assert isinstance(run.task, UnderstandTaskConfig)
         self.engine, self.groups, self.source, self.ranks, self.run = engine, groups, source, ranks, run
         self.config = run.task
         self.batch = size * ranks.world  # samples of one micro-batch over all ranks

@@ -5,7 +5,6 @@ python -m data.world check --n 10000
 python -m data.world preview --task edit --out edits.png
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from data.world.check import KINDS, Tally, check, tally
 from data.world.items import Maker, in_order, png
 from data.world.preview import preview
 from data.world.reader import LEAST_SIZE
-from model.files import write_whole
+from model.files import write_json, write_whole
 
 DESCRIPTION = "The generated world as files: shards to train on, a check of the pixel reader, and a picture to look at."
 Split = Literal["train", "val", "pairs", "counts"]
@@ -91,7 +90,7 @@ class Check:
         Console().print(table)
         if self.json is not None:
             measures = {name: value for t in tallies.values() for name, value in t.measures().items()}
-            write_whole(self.json, lambda path: path.write_text(json.dumps(measures, indent=2) + "\n"))
+            write_whole(self.json, lambda path: write_json(path, measures))
         return 0 if tallies["clean"].right == tallies["clean"].pictures else 1
 
 

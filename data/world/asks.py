@@ -22,7 +22,7 @@ from PIL import Image
 from data.dropout import Dropped
 from data.world.captions import Caption, Group, describe
 from data.world.conversations import plan
-from data.world.edits import SIDE_GAP, SIDES, Edit, Naming, edits_of, keeps_rules, make_edit, refer
+from data.world.edits import SIDE_GAP, SIDES, SPARE, Edit, Naming, edits_of, keeps_rules, make_edit, refer
 from data.world.questions import questions
 from data.world.reader import UNCLEAR
 from data.world.render import render
@@ -39,7 +39,6 @@ ANSWERED = ("Here it is.", "Done.", "Here is the picture.")
 SYSTEMS = ("You are a helpful assistant.", "You look at pictures, answer questions and draw.")
 ORDERS = ("", "", "draw ", "please draw ", "now draw ")
 PLANNED = 0.05  # of captions
-SPARE = 1 << 40  # where a scene allows nothing of a kind, the scene so many numbers later takes its place
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Mix:
     def __post_init__(self) -> None:
         shares = vars(self).values()
         if min(shares) < 0 or sum(shares) > 1:
-            raise ValueError("mix: give shares of 0 or more that sum to at most 1")
+            raise ValueError("task.mix: give shares of 0 or more that sum to at most 1")
 
     def share(self, kind: str) -> float:
         """The share of a kind in [0, 1]."""
@@ -108,7 +107,7 @@ def make_ask(
     return _MAKERS[kind or chosen](seed, index, split, size, rng)
 
 
-def heard(ask: Ask, lost: Dropped) -> tuple[tuple[Turn, ...], Wanted | None]:
+def without_dropped(ask: Ask, lost: Dropped) -> tuple[tuple[Turn, ...], Wanted | None]:
     """An ask of which words or pictures are lost, as guidance's branches are; None: then nothing is said.
 
     Without words, the last picture is to be drawn as it is; without pictures, only a caption still says something."""

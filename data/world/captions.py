@@ -34,7 +34,7 @@ class Group:
         noun = self.shape or "shape"
         words = [word for word in (self.size, self.colour) if word]
         if self.count > 1:
-            return " ".join([NUMBERS[self.count], *words, PLURALS.get(noun, noun + "s")])
+            return " ".join([NUMBERS[self.count], *words, plural(noun)])
         words.append(noun)
         return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
 
@@ -51,6 +51,11 @@ class Caption:
     groups: tuple[Group, ...]
     link: tuple[int, str, int] | None = None
     background: str | None = None
+
+
+def plural(noun: str) -> str:
+    """cross -> crosses, star -> stars."""
+    return PLURALS.get(noun, noun + "s")
 
 
 def describe(scene: Scene, rng: random.Random, *, full: bool = False) -> Caption:

@@ -34,7 +34,7 @@ from data.world.scene import (
 KINDS = ("recolour", "add", "remove", "move", "swap")
 SIDES = {"leftmost": ("x", 1), "rightmost": ("x", -1), "topmost": ("y", 1), "bottommost": ("y", -1)}
 SIDE_GAP = 0.08  # an object is the leftmost where it leads the next by this share of the canvas
-SPARE = 1 << 40  # where a scene allows no edit, the scene so many numbers later takes its place
+SPARE = 1 << 40  # where a scene allows nothing of a kind, the one so many numbers later takes its place
 FAR = 0.25  # a moved object goes at least this far, so that the change is seen
 Naming = Callable[[Object, Scene], str | None]
 """Words that mean this object and no other of the scene, or None."""

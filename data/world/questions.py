@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from data.world.captions import NUMBERS, PLURALS
+from data.world.captions import NUMBERS, plural
 from data.world.scene import COLOURS, OPPOSITE, RELATIONS, SHAPES, SIZES, Object, Scene, relation
 
 KINDS = ("existence", "colour", "shape", "size", "count", "place", "relation", "comparison", "locate")
@@ -79,7 +79,7 @@ def _count(scene: Scene, rng: random.Random) -> Question:
     counts = Counter(getattr(thing, by) for thing in scene.objects)
     wanted = rng.choice(sorted(set(counts.values())))
     word = rng.choice(sorted(value for value, count in counts.items() if count == wanted))
-    noun = PLURALS.get(word, word + "s") if by == "shape" else f"{word} objects"
+    noun = plural(word) if by == "shape" else f"{word} objects"
     return Question("count", f"How many {noun} are there?", NUMBERS[wanted], choices)
 
 
@@ -117,7 +117,7 @@ def _comparison(scene: Scene, rng: random.Random) -> Question | None:
     unequal = [(a, b) for a in sorted(counts) for b in sorted(counts) if counts[a] != counts[b]]
     if unequal and (not pairs or rng.random() < 0.5):
         a, b = rng.choice(unequal)
-        text = f"Are there more {PLURALS.get(a, a + 's')} than {PLURALS.get(b, b + 's')}?"
+        text = f"Are there more {plural(a)} than {plural(b)}?"
         return Question("comparison", text, "yes" if counts[a] > counts[b] else "no", ("yes", "no"))
     if not pairs:
         return None

@@ -26,7 +26,7 @@ DRAINED = 4
 else not see why."""
 
 
-class Door:
+class Middleware:
     """Lets requests in that hold a key and are no larger, slower or more than they may; counts and logs them.
 
     The log has method, path, status and time: no query, header or body, so nothing secret."""
@@ -137,5 +137,5 @@ async def arriving(receive: Receive) -> Message:
     """The next part of a body. Raises Refused where the client is gone."""
     message = await receive()
     if message["type"] == "http.disconnect":
-        raise Refused(499, "the client went before its body had arrived", code="client_closed_request")
+        raise Refused(499, "the client disconnected before its body had arrived", code="client_closed_request")
     return message
