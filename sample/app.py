@@ -66,8 +66,8 @@ def serving(args: Args) -> Iterator[Any]:
             raise ValueError("the page needs gradio; pip install -e '.[app]'") from error
         from starlette.middleware import Middleware
 
-        from sample.conversations import Conversations
         from sample.jobs import Jobs
+        from sample.page_conversations import Conversations
         from sample.pipeline import Pipeline
         from sample.studio import Studio
 

@@ -133,8 +133,8 @@ class Chat:
     drawn: int = 0
 
     def __post_init__(self) -> None:
-        from sample.conversation import resume
         from sample.session import Session
+        from sample.transcript import resume
 
         self.session = Session(load_speaker(self.args), self.args.system)
         self.commands: dict[str, Callable[[str], None]] = {
@@ -227,7 +227,7 @@ class Chat:
 
     def save(self, rest: str) -> None:
         """Writes the conversation."""
-        from sample.conversation import save
+        from sample.transcript import save
 
         if not rest:
             raise ValueError("/save: there is no file; name one, as in /save talk.json")

@@ -1,12 +1,12 @@
-"""The page: its look and its tabs; `sample/studio.py` and `sample/conversations.py` do the work."""
+"""The page: its look and its tabs; `sample/studio.py` and `sample/page_conversations.py` do the work."""
 
 from typing import Any
 
 import gradio as gr
 from gradio.themes import Base, LocalFont, sizes
 
-from sample.conversations import Conversations
 from sample.page_chat import chat_tab
+from sample.page_conversations import Conversations
 from sample.page_draw import draw_tab
 from sample.page_edit import edit_tab
 from sample.page_parts import visitor

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from sample.conversations import Conversations, Message
+from sample.page_conversations import Conversations, Message
 from sample.page_parts import AT_ONCE, FILES, JOB, Shown, visitor, warn
 
 Entry = Mapping[str, Any]

@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from data.pack import write_shards
+from data.shards import Shards
 from model import store
-from model.files import read_json
+from model.files import dump_config, read_json, write_json
 from sample.cli import run
 from tests import tiny
+from tests.test_shards import items
 from tests.two_ranks import tiny_run
 from train import run as training
 from train.checkpoint_cli import main
@@ -44,6 +48,18 @@ def test_the_last_checkpoint_exports_to_the_runs_own_release(trained, tmp_path):
     main(["export", str(trained / "checkpoints" / "step-00000003"), "--out", str(tmp_path / "earlier")])
     earlier = store.load(tmp_path / "earlier").state_dict()
     assert any(not torch.equal(tensor, theirs[name]) for name, tensor in earlier.items())
+
+
+def test_an_export_needs_no_shards(trained, tmp_path):
+    write_shards(items(8), lambda item: item, tmp_path / "set")
+    given = training.parse(tiny_run(trained.parent, tmp_path / "run", "--schedule.steps", "1", "--schedule.save-every", "1"))
+    data = replace(given.data, sources=(Shards(f"{tmp_path}/set/*.tar"),))
+    write_json(tmp_path / "run.json", dump_config(replace(given, data=data)))
+    training.main([str(tmp_path / "run.json")])
+    shutil.rmtree(tmp_path / "set")
+    main(["export", str(tmp_path / "run/checkpoints/step-00000001"), "--out", str(tmp_path / "release")])
+    ours, theirs = (store.load(folder).state_dict() for folder in (tmp_path / "release", tmp_path / "run" / "release"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_queries_that_stay_as_they_were_drawn_are_drawn_again(trained, tmp_path):

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from model.prefix import DRAW_SYSTEM, Turn
-from sample.conversation import resume, save
 from sample.pipeline import Asked, Pipeline
 from sample.session import THINK, Session
 from sample.settings import Drawing, Guidance
+from sample.transcript import resume, save
 from tests import releases, tiny
 
 QUICK = Drawing(steps=2)

@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from model.prefix import Turn
-from sample.conversations import Conversations
 from sample.jobs import Jobs
+from sample.page_conversations import Conversations
 from sample.pipeline import Asked, Pipeline
 from sample.session import Session
 from sample.settings import Drawing

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from data.loader import World
+from data.shards import Shards
 from model import store
 from model.files import check_match, check_new, parse_config
 from train import checkpoint
@@ -117,10 +119,13 @@ def verify(path: Path) -> None:
 
 
 def export(path: Path, out: Path) -> None:
-    """Builds the run that wrote the checkpoint, fills it, and has it write its release."""
+    """Builds the run that wrote the checkpoint, fills it, and has it write its release; where its shards lie is of no
+    matter."""
     check_new(out)
     manifest = checkpoint.verify(path)
     run = parse_config(Run, manifest.config, path / "manifest.json")
+    sources = tuple(World() if isinstance(source, Shards) else source for source in run.data.sources)
+    run = replace(run, data=replace(run.data, sources=sources))
     ranks = start(run.engine.timeout_seconds)
     task = run.build(ranks)  # what is drawn and stays as it was drawn is in no checkpoint
     checkpoint.load(path, task.engines, ranks)
