@@ -56,7 +56,6 @@ class DiffusersDecoderConfig:
 class DiffusersDecoder(nn.Module):
     """A network of diffusers whose conditioning is one sequence of tokens of any length."""
 
-    component = "transformer"
     condition_gain = 1.0
     condition_tokens: int | None = None
     """The most that a call may bring; None: as many as one likes."""
@@ -117,8 +116,6 @@ class Sana(DiffusersDecoder):
 class StableDiffusion(DiffusersDecoder):
     """The U-Net of Stable Diffusion 1 and 2 (Rombach et al. 2022), predicting noise or v."""
 
-    component = "unet"
-
     def __init__(self, config: DiffusersDecoderConfig, model: Any, noise: NoiseConfig):
         super().__init__(config, model, noise)
         if model.config.addition_embed_type is not None:
@@ -161,14 +158,14 @@ def load_diffusers_decoder(
     torch's default device. `noise` None: its scheduler's. ValueError when it is missing or of a class we do not know."""
     source = Source("decoder.path", config.path, config.revision)
     index = fetched(source, DiffusionPipeline.load_config)
-    classes = {part[1] for part in index.values() if isinstance(part, list | tuple) and len(part) == 2}
-    known = sorted(classes & _FAMILIES.keys())
+    classes = {part[1]: name for name, part in index.items() if isinstance(part, list | tuple) and len(part) == 2}
+    known = sorted(classes.keys() & _FAMILIES.keys())
     if not known:
         raise ValueError(
             f"decoder.path {config.path!r} is a {index.get('_class_name')}; supported are {', '.join(_FAMILIES)}"
         )
     family, network = _FAMILIES[known[0]]
-    dtype, part = getattr(torch, config.dtype), {"subfolder": family.component}
+    dtype, part = getattr(torch, config.dtype), {"subfolder": classes[known[0]]}
     if weights:
         model = read_weights(source, network, torch_dtype=dtype, **part)
     else:

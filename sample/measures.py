@@ -43,10 +43,10 @@ def spread(values: Sequence[float], unit: str) -> Measure:
 
 
 def mean(values: Sequence[float], unit: str = "") -> Measure:
-    """The mean of independent values, with its normal 95 % interval; of one value, without."""
+    """The mean of independent values, with its normal 95 % interval; of fewer than ENOUGH, without."""
     centre = statistics.fmean(values)
-    if len(values) == 1:
-        return Measure(centre, unit=unit)
+    if len(values) < ENOUGH:
+        return Measure(centre, n=len(values), unit=unit)
     off = 1.96 * statistics.stdev(values) / len(values) ** 0.5
     return Measure(centre, centre - off, centre + off, len(values), unit)
 

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         raise SystemExit(PROBLEM)
-    print(f"{folder}: every hash is right, and a new process draws the same picture")
+    print(f"{folder}: every hash is right")
     if isinstance(args, Export):
         print(f"to publish it: hf auth login && hf upload ORG/{folder.name} {folder}")
 
@@ -199,12 +199,13 @@ def check(folder: Path) -> list[str]:
 
 
 def compare(folder: Path, picture: Image.Image) -> list[str]:
-    """What is wrong with a picture that was drawn from a published folder: nothing, or a sentence. Another machine may round
-    otherwise, which is only said."""
+    """What is wrong with a picture that was drawn from a published folder: nothing, or a sentence. Says that it is the same,
+    or how near where another machine rounds otherwise."""
     from sample.card import PICTURE, read_about
 
     wanted = read_about(folder)["picture"]
     if hashlib.sha256(picture.tobytes()).hexdigest() == wanted["sha256"]:
+        print(f"{folder}: a new process draws the same picture")
         return []
     off, here = _levels_apart(picture, folder / PICTURE), _made_by()
     changed = ", ".join(f"{name} {wanted[name]} then and {here[name]} now" for name in here if wanted[name] != here[name])

@@ -5,12 +5,14 @@ import stat
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.toy import BATCH, Toy, accept, advance, digest, save
+from tests.toy import BATCH, EMA, Toy, accept, advance, digest, save
 from train import checkpoint, saving
 from train.checkpoint import Keep
+from train.ema import decay
 from train.engine import KINDS, Engine, EngineConfig
 from train.optim import OptimConfig
 from train.ranks import start
@@ -181,8 +183,11 @@ def test_images_are_counted_whatever_the_batches_were(task, root):
     held = {kind: dict(task.engine.tensors(kind)) for kind in KINDS}
     fresh.engine.load(lambda kind, name: held[kind][name], counters)
     advance(fresh, 2, 3)
-    assert fresh.engine.images == 12_345 + BATCH
-    assert fresh.engine.counters()["images"] == fresh.engine.images
+    assert fresh.engine.counters()["images"] == 12_345 + BATCH
+    keep = decay(EMA, 12_345 + BATCH, BATCH)
+    for name, weight in fresh.engine.tensors("weights"):
+        average = dict(fresh.engine.tensors("average"))[name]
+        torch.testing.assert_close(average, keep * held["average"][name] + (1 - keep) * weight)
 
 
 def test_differences_are_told_by_path():

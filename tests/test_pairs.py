@@ -103,13 +103,14 @@ def test_adapters_train_alone_and_come_back(parts, decoder, tmp_path):
     assert any(own[name].abs().max() > 0 for name in adapters if ".lora_B." in name)  # zero at birth
 
 
-def test_adapters_start_from_a_release_whose_decoder_was_trained_whole(parts, tmp_path):
+@pytest.mark.parametrize("decoder", PIPELINES)
+def test_adapters_start_from_a_release_whose_decoder_was_trained_whole(parts, decoder, tmp_path):
     """As a pipeline it is the home of what stays frozen; without, its tensors have no place."""
-    train(a_run(parts, "qwen2", "sana", tmp_path / "out"), tmp_path)
+    train(a_run(parts, "qwen2", decoder, tmp_path / "out"), tmp_path)
     release, lora = tmp_path / "out" / "release", LoraConfig(rank=2)
     publish.main(["export", str(release), "--out", str(tmp_path / "dist"), "--layout", "diffusers", "--steps", "1"])
     home = DiffusersDecoderConfig(str(tmp_path / "dist"), lora=lora)
-    config = a_run(parts, "qwen2", "sana", tmp_path / "on", home=home, trainable=())
+    config = a_run(parts, "qwen2", decoder, tmp_path / "on", home=home, trainable=())
     begun: Any = replace(config, task=replace(config.task, init=release)).build(start(60))
     trained = read_tensors(release / "model.safetensors")
     own = {name: tensor for name, tensor in begun.model.own_tensors().items() if ".lora_" not in name}
@@ -118,7 +119,7 @@ def test_adapters_start_from_a_release_whose_decoder_was_trained_whole(parts, tm
     network = begun.model.decoder.model.state_dict()
     frozen = {name.replace(".base_layer.", "."): tensor for name, tensor in network.items() if ".lora_" not in name}
     assert all(torch.equal(tensor, trained[f"decoder.model.{name}"]) for name, tensor in frozen.items())
-    away = DiffusersDecoderConfig(str(parts / "sana"), lora=lora)
-    config = a_run(parts, "qwen2", "sana", tmp_path / "on", home=away, trainable=())
+    away = DiffusersDecoderConfig(str(parts / decoder), lora=lora)
+    config = a_run(parts, "qwen2", decoder, tmp_path / "on", home=away, trainable=())
     with pytest.raises(ValueError, match=r"unknown tensors.*task\.init.*name that folder as decoder\.path"):
         replace(config, task=replace(config.task, init=release)).build(start(60))

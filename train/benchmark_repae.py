@@ -285,9 +285,11 @@ def parts(task: RepaeTask, batch: LabelledBatch, ranks: Ranks, compiled: bool) -
         out.float().mean().backward()
 
     def to_latents(forward: Callable[[], Tensor]) -> None:
+        copied["main"].requires_grad_(False)
         with half:
             out = forward()
         torch.autograd.grad(out.float().mean(), latents)
+        copied["main"].requires_grad_(True)
 
     copied = {name: copy.deepcopy(engine.module) for name, engine in task.engines.items()}  # engines would wait for a step
     for module in copied.values():

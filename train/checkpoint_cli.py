@@ -28,6 +28,7 @@ from data.shards import Shards
 from model import store
 from model.files import check_match, check_new, parse_config
 from train import checkpoint
+from train.autoencoder import AutoencoderTaskConfig
 from train.config import Run
 from train.ranks import start
 
@@ -119,13 +120,14 @@ def verify(path: Path) -> None:
 
 
 def export(path: Path, out: Path) -> None:
-    """Builds the run that wrote the checkpoint, fills it, and has it write its release; where its shards lie is of no
-    matter."""
+    """Builds the run that wrote the checkpoint, fills it, and has it write its release; only that of an autoencoder
+    reads the run's shards, for its statistics."""
     check_new(out)
     manifest = checkpoint.verify(path)
     run = parse_config(Run, manifest.config, path / "manifest.json")
-    sources = tuple(World() if isinstance(source, Shards) else source for source in run.data.sources)
-    run = replace(run, data=replace(run.data, sources=sources))
+    if not isinstance(run.task, AutoencoderTaskConfig):
+        sources = tuple(World() if isinstance(source, Shards) else source for source in run.data.sources)
+        run = replace(run, data=replace(run.data, sources=sources))
     ranks = start(run.engine.timeout_seconds)
     task = run.build(ranks)  # what is drawn and stays as it was drawn is in no checkpoint
     checkpoint.load(path, task.engines, ranks)

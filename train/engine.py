@@ -111,8 +111,6 @@ def deepspeed_config(config: EngineConfig, *, batch_size: int, accumulation: int
     }
     if config.precision == "bf16":
         derived["bf16"]["check_grad_overflow"] = True
-    if config.precision == "autocast" and config.zero < 3:  # else plain layers' gradients are rounded to bfloat16 and back
-        derived["torch_autocast"]["lower_precision_safe_modules"] = []
     if config.offload_optimizer:  # our AdamW updates there too: fused, and state by name as anywhere
         derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         derived["zero_force_ds_cpu_optimizer"] = False
@@ -192,6 +190,8 @@ class Engine:
         settings = deepspeed_config(config, batch_size=batch_size, accumulation=accumulation, world=ranks.world)
         size = sum(p.numel() for p in module.parameters() if p.requires_grad)  # DeepSpeed makes a buffer of a bucket's size
         settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, size))
+        if config.zero < 3:  # else plain layers' gradients are rounded to bfloat16 and back
+            settings["torch_autocast"].setdefault("lower_precision_safe_modules", [])
         self._engine = _initialize(module, self._optimizer, settings, config.timeout_seconds, ranks)
         self._shards = _Shards(self._engine, self._optimizer)
 

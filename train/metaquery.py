@@ -18,6 +18,7 @@ from data.loader import Loader, World
 from data.records import DRAWN
 from data.shards import Shards
 from model.connector import grown
+from model.decoder import DiffusersDecoderConfig
 from model.files import check_match, read_tensors
 from model.metaquery import MetaQuery, MetaQueryConfig, build
 from model.mllm import load
@@ -176,9 +177,13 @@ def start_from(model: MetaQuery, release: Path) -> None:
     wanted = {name: t for name, t in own.items() if name in tensors or not name.startswith("decoder.")}
     remedy = (
         f"task.init: {release} is of a model of another shape; give this run the task.model of its config.json (queries, "
-        "connector, trainable, decoder.lora), or leave task.init out; to freeze or adapt a decoder that it trained, write "
-        "it with sample.publish export --layout diffusers and name that folder as decoder.path"
+        "connector, trainable, decoder.lora), or leave task.init out"
     )
+    if isinstance(model.config.decoder, DiffusersDecoderConfig):
+        remedy += (
+            "; to freeze or adapt a decoder that it trained, write it with sample.publish export --layout diffusers and "
+            "name that folder as decoder.path"
+        )
     check_match(tensors, wanted, release / "model.safetensors", remedy)
     model.load_state_dict(tensors, strict=False)  # names are checked; the frozen rest came with the decoder
 

@@ -128,8 +128,8 @@ def _moved(path: Path) -> Run:
     """The run that a run.json describes; in the folder where it lies, when checkpoints lie beside it."""
     run = read(path)
     beside = path.parent.absolute()
-    if run.out is None and (beside / "checkpoints").is_dir() and beside != run.folder.absolute():
-        return replace(run, out=path.parent)
+    if (beside / "checkpoints").is_dir() and beside != run.folder.absolute():
+        return replace(run, out=beside)
     return run
 
 
