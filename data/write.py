@@ -93,9 +93,7 @@ class Jsonl:
         if not isinstance(fields, dict):
             where = "line" if isinstance(held, bytes) else "entry"
             raise ValueError(f"{self.file} {where} {number} is not a JSON object; give nothing else")
-        fields = {
-            name: value for name, value in fields.items() if value is not None
-        }  # absent columns, as pandas writes them
+        fields = {name: value for name, value in fields.items() if value is not None}  # null: an absent column
         root = self.images or self.file.parent
         names = CAPTIONS[::-1] if fields.get("sources") else CAPTIONS
         told = next((name for name in names if fields.get(name)), "caption")

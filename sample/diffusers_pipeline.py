@@ -332,17 +332,14 @@ class SiTPipeline(_Coat):
         decoder, device = self._decoder(), self._execution_device
         labels = [class_labels] if class_labels is None or isinstance(class_labels, int) else list(class_labels)
         words = [_word(label, decoder.classes) for label in labels for _ in range(_at_least_one(num_images_per_prompt))]
-        shape = (len(words), *decoder.latent_shape)
         if not words:
             raise ValueError("class_labels: there is none; give at least one")
-        if latents is not None and latents.shape != shape:
-            raise ValueError(f"latents: {tuple(latents.shape)} given, {shape} needed; give noise of that shape")
         told = torch.tensor(words, device=device).view(-1, 1, 1), torch.zeros(len(words), 1, 3, device=device)
         fresh = noise_from(_generators(generator, len(words)), decoder.latent_shape, device)
         guidance = Guidance(guidance_scale, 1.0, *guidance_interval, guidance_rescale)
         with self._bar(num_inference_steps) as bar:
             after = self._after(bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
-            start = fresh() if latents is None else latents.to(device)
+            start = fresh() if latents is None else latents
             drawn = decoder.latents(told, start, fresh, num_inference_steps, self._solver(), guidance, after)
         return self._given(drawn, decoder.vae, output_type, return_dict)
 

@@ -91,7 +91,11 @@ class LabelledDecoder:
         guidance: Guidance = Guidance(1.0),
         after: After | None = None,
     ) -> Tensor:
-        """The same from given noise `start` [B, c, h, w], before decoding: latents of unit variance."""
+        """The same from given noise `start` [B, c, h, w], before decoding: latents of unit variance. ValueError for noise of
+        another shape."""
+        shape = (len(told[0]), *self.latent_shape)
+        if start.shape != shape:
+            raise ValueError(f"latents: {tuple(start.shape)} given, {shape} needed; give noise of that shape")
         silence = torch.full_like(told[0], UNKNOWN), told[1]
         branches = [Branch(1 - guidance.text, self.labels(*silence)), Branch(guidance.text, self.labels(*told))]
         predict = guided(lambda x, t, condition: self.sit(x, t, condition).prediction, branches, guidance)

@@ -280,6 +280,10 @@ def test_a_labelled_decoder_draws_what_ours_draws(classes, tmp_path):
     assert torch.equal(pipe([0, 2], latents=begin, **settings).images, expected)
     both = pipe([0, None], generator=seeded(*SEEDS), **settings).images
     assert (pipe(0, generator=seeded(SEEDS[0]), **settings).images[0] - both[0]).abs().max() < 1e-5
+    with pytest.raises(ValueError, match=r"latents: \(2, .* given, \(1, .* needed"):
+        pipe(0, latents=begin, **settings)
+    with pytest.raises(ValueError, match="class_labels: there is none"):
+        pipe([], **settings)
     for label in (3, -1):
         with pytest.raises(ValueError, match="none of the 3 classes"):
             pipe(label, **settings)

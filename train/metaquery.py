@@ -170,7 +170,7 @@ def start_from(model: MetaQuery, release: Path) -> None:
     tensors = read_tensors(release / "model.safetensors")
     own = model.own_tensors()
     frozen = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if name not in own}
-    there = [name for name in tensors.keys() & frozen.keys() if torch.equal(frozen[name], tensors[name].to(frozen[name]))]
+    there = {name for name in tensors.keys() & frozen.keys() if torch.equal(frozen[name], tensors[name].to(frozen[name]))}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in there}
     connector = {name.removeprefix(CONNECTOR): t for name, t in tensors.items() if name.startswith(CONNECTOR)}
     tensors |= {CONNECTOR + name: tensor for name, tensor in grown(connector, model.connector).items()}

@@ -167,9 +167,7 @@ class RepaeTaskConfig:
             if self.init is not None:
                 start_from(self.init, main.sit, teller if isinstance(teller, Labels) else None)
         if self.train_vae:
-            modules["vae"] = coder.requires_grad_(
-                True
-            ).eval()  # in training, diffusers' blocks copy what their shortcuts read
+            modules["vae"] = coder.requires_grad_(True).eval()  # in training, diffusers' blocks copy their shortcuts' inputs
             if self.discriminator is not None and self.losses.adversarial:
                 modules["discriminator"] = Discriminator(self.discriminator)
         distance = None
